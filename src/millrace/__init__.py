@@ -1,0 +1,1 @@
+"""Millrace: air-traffic control for ML training data."""

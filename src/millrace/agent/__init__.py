@@ -1,0 +1,1 @@
+"""The node: runs granted tasks in worker threads or processes."""

@@ -1,0 +1,1 @@
+"""Adapters for the coordination port: a small, strongly consistent store of facts."""

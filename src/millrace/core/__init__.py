@@ -1,0 +1,1 @@
+"""What everything else stands on: values, errors, specs and the ports. No I/O, no clock, no dice."""

@@ -1,0 +1,1 @@
+"""The stages: ingest, process, pack, distribute, persist. Each has one verb and calls no other back."""

@@ -1,0 +1,1 @@
+"""Adapters for the store port: where objects durably lie."""

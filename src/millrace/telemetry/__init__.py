@@ -1,0 +1,1 @@
+"""Measuring: metrics that layers and stages report to."""
