@@ -99,6 +99,7 @@ class TaskFacts:
     bytes_out: int = 0
     shards: int = 0
     replicas: int = 0
+    duplicates: int = 0
     quarantined: int = 0
     seconds: float = 0.0
     stages: tuple[StageTime, ...] = ()

@@ -193,7 +193,18 @@ class StageTime:
 
 @dataclass(frozen=True, slots=True)
 class ChunkOutput:
-    """All facts about one finished chunk. Kept as an object, named by the digest of its encoding."""
+    """All facts about one finished chunk. Kept as an object, named by the digest of its encoding.
+
+    Attributes:
+        chunk: Its index in the plan.
+        schema: The Arrow schema of its shards, serialised; empty when it has none.
+        shards: In order.
+        receipts: One for each replica of each shard.
+        rows_in, bytes_in: What was read.
+        duplicates: Rows that ``dedup`` left out.
+        quarantined: Records set aside, all of them.
+        quarantine: The first of them, at most 1,000, with their reasons.
+    """
 
     chunk: int
     schema: bytes
@@ -201,5 +212,6 @@ class ChunkOutput:
     receipts: tuple[Receipt, ...]
     rows_in: int
     bytes_in: int
+    duplicates: int
     quarantined: int
     quarantine: tuple[Quarantined, ...] = field(default=())

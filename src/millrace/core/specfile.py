@@ -1,0 +1,126 @@
+"""YAML text to a spec model, with errors that point at file, line and field. Pure: the caller reads the file."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from millrace.core.errors import SpecError
+
+__all__ = ["parse_spec"]
+
+M = TypeVar("M", bound=BaseModel)
+Path = tuple[str | int, ...]
+
+
+def parse_spec(model: type[M], text: str, *, file: str) -> M:
+    """Validate one YAML document against ``model``.
+
+    Args:
+        model: ``World`` or ``Pipeline``.
+        text: The file's content.
+        file: Its name, for messages.
+
+    Raises:
+        SpecError: one line a problem, each ``file:line: field: what is wrong``.
+    """
+    lines: dict[Path, int] = {}
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = _build(node, (), lines, file) if node is not None else None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{file}:{mark.line + 1}" if mark else file
+        raise SpecError(f"{where}: this is not YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise SpecError(f"{file}: this is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise SpecError(
+            f"{file}:1: expected keys such as {', '.join(list(model.model_fields)[:3])}, found {_what(data)}"
+        )
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        problems = [_sentence(e, lines, file, model) for e in error.errors(include_url=False)]
+        raise SpecError("\n".join(dict.fromkeys(problems))) from error
+
+
+def _build(node: yaml.Node, path: Path, lines: dict[Path, int], file: str) -> Any:
+    """Plain data from YAML nodes, noting the line of each path and refusing duplicate keys."""
+    lines[path] = node.start_mark.line + 1
+    if isinstance(node, yaml.MappingNode):
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            line = key_node.start_mark.line + 1
+            if key in result:
+                raise SpecError(f"{file}:{line}: {_dotted((*path, key))}: the key is given twice")
+            result[key] = _build(value_node, (*path, key), lines, file)
+            lines[(*path, key)] = line
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(item, (*path, i), lines, file) for i, item in enumerate(node.value)]
+    return yaml.SafeLoader("").construct_object(node)
+
+
+def _sentence(error: ErrorDetails, lines: dict[Path, int], file: str, model: type[BaseModel]) -> str:
+    path = _real_path(error["loc"], lines)
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(error["loc"], model)
+        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        message = "unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
+    elif error["type"] == "missing":
+        message = "is required"
+    elif error["type"] not in {"value_error", "transform"}:
+        message = f"{message[0].lower()}{message[1:]}, found {_what(error['input'])}"
+    return f"{file}:{_line(path, lines)}: {_dotted(path) or 'file'}: {message}"
+
+
+def _real_path(loc: tuple[int | str, ...], lines: dict[Path, int]) -> Path:
+    """Drop the words pydantic adds for union branches, which are not in the file."""
+    path: Path = ()
+    for i, part in enumerate(loc):
+        is_missing_key = i == len(loc) - 1 and not str(part).startswith(("function-", "lax-or-strict", "[key]"))
+        if (*path, part) in lines or is_missing_key:
+            path = (*path, part)
+    return path
+
+
+def _line(path: Path, lines: dict[Path, int]) -> int:
+    while path and path not in lines:
+        path = path[:-1]
+    return lines.get(path, 1)
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(str(p) for p in path)
+
+
+def _what(value: object) -> str:
+    names = {dict: "a mapping", list: "a list", type(None): "nothing"}
+    return names.get(type(value)) or repr(value)[:80]
+
+
+def _known_keys(loc: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
+    """Every key name any model reachable from ``model`` knows: enough to suggest a spelling."""
+    seen: set[type[BaseModel]] = set()
+    names: list[str] = []
+    queue: list[Any] = [model]
+    while queue:
+        item = queue.pop()
+        if isinstance(item, type) and issubclass(item, BaseModel):
+            if item in seen:
+                continue
+            seen.add(item)
+            for name, field in item.model_fields.items():
+                names.append(field.alias or name)
+                queue.append(field.annotation)
+        else:
+            queue.extend(getattr(item, "__args__", ()))
+            queue.extend(m for m in getattr(item, "__metadata__", ()) if isinstance(m, type))
+    return names
