@@ -1,0 +1,221 @@
+"""The records kept in the coordination store, as JSON: versions, runs, progress, replicas."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from millrace.core.errors import CoordError
+
+__all__ = [
+    "Lineage",
+    "QuarantineLine",
+    "ReaderClaim",
+    "ReplicaEntry",
+    "ReplicaPage",
+    "RunProgress",
+    "RunRecord",
+    "RunReport",
+    "StageReport",
+    "VersionRecord",
+    "VersionRef",
+    "decode",
+    "encode",
+]
+
+F = TypeVar("F", bound="Fact")
+
+RunState = Literal["running", "paused", "stopped", "failed", "done", "superseded"]
+
+
+class Fact(BaseModel):
+    """Frozen; unknown keys are kept out, so that an older Millrace says so instead of guessing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def encode(fact: Fact) -> bytes:
+    """Compact JSON."""
+    return fact.model_dump_json(exclude_none=True).encode()
+
+
+def decode(kind: type[F], value: bytes, *, key: str) -> F:
+    """The record in ``value``.
+
+    Raises:
+        CoordError: it isn't one; names the key.
+    """
+    try:
+        return kind.model_validate_json(value)
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        where = ".".join(str(p) for p in detail["loc"])
+        raise CoordError(
+            f"the record at {key} is not a {kind.__name__} this version can read: {where}: {detail['msg']}"
+        ) from error
+
+
+class VersionRef(Fact):
+    """A dataset's head: the newest version and its digest."""
+
+    version: int
+    digest: str
+
+
+class Lineage(Fact):
+    """Where a version came from.
+
+    Attributes:
+        sources: URL, format, objects and bytes of each source.
+        spec: The pipeline as it was validated.
+        spec_digest, plan_digest: SHA-256 of the canonical spec and of the plan.
+        code: ``millrace`` and library versions, and the SHA-256 of each transform module's file.
+    """
+
+    sources: tuple[dict[str, Any], ...]
+    spec: dict[str, Any]
+    spec_digest: str
+    plan_digest: str
+    code: dict[str, str]
+
+
+class VersionRecord(Fact):
+    """One version of a dataset.
+
+    Attributes:
+        digest: Of its manifest: the version's true name.
+        bytes: Of all shards, one replica each.
+        placement: The policy it was made under; repair keeps to it.
+    """
+
+    dataset: str
+    version: int
+    digest: str
+    run: int
+    created_at_ms: int
+    rows: int
+    bytes: int
+    shards: int
+    placement: dict[str, Any]
+    lineage: Lineage
+
+
+class StageReport(Fact):
+    """One stage's work, summed over tasks and workers."""
+
+    stage: str
+    seconds: float
+    rows: int
+    bytes: int
+
+    @property
+    def mb_per_s(self) -> float:
+        """Megabytes a second of work."""
+        return self.bytes / 1e6 / self.seconds if self.seconds > 0 else 0.0
+
+
+class QuarantineLine(Fact):
+    """One record or chunk set aside, as a person reads it."""
+
+    path: str
+    position: str
+    stage: str
+    rule: str
+    reason: str
+
+
+class RunReport(Fact):
+    """What a run did: the final report on screen and ``--json``."""
+
+    run: int
+    state: str
+    dataset: str
+    version: int | None = None
+    digest: str | None = None
+    unchanged: bool = False
+    chunks: int = 0
+    chunks_done: int = 0
+    rows: int = 0
+    rows_in: int = 0
+    shards: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    replicas: int = 0
+    duplicates: int = 0
+    quarantined: int = 0
+    quarantined_chunks: int = 0
+    seconds: float = 0.0
+    stages: tuple[StageReport, ...] = ()
+    quarantine: tuple[QuarantineLine, ...] = ()
+    error: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+class RunRecord(Fact):
+    """One execution of a pipeline.
+
+    Attributes:
+        identity: SHA-256 of the spec, the plan and the transforms' code: the same work has the same one.
+        pipeline_file: As it was given.
+        phases: (kind, barrier, tasks) in order.
+        exit_code: What the command exits with, once it ended.
+    """
+
+    run: int
+    dataset: str
+    state: RunState
+    identity: str
+    pipeline_file: str
+    created_at_ms: int
+    ended_at_ms: int | None = None
+    phases: tuple[tuple[str, int, int], ...]
+    lineage: Lineage
+    placement: dict[str, Any]
+    report: RunReport | None = None
+    exit_code: int | None = None
+
+
+class RunProgress(Fact):
+    """How far a run is, for other terminals."""
+
+    phase: str
+    done: int
+    tasks: int
+    bytes_done: int
+    bytes_total: int
+    rows: int
+    quarantined: int
+    bytes_per_s: float
+    eta_s: float | None
+    workers: int
+    at_ms: int
+
+
+class ReplicaEntry(Fact):
+    """Where one object lies.
+
+    Attributes:
+        digest: SHA-256 of its bytes.
+        key: Its path in every store.
+        size_bytes: Its length.
+        stores: Store name to when it was last read back whole, milliseconds since 1970.
+    """
+
+    digest: str
+    key: str
+    size_bytes: int
+    stores: dict[str, int] = Field(default_factory=dict)
+
+
+class ReplicaPage(Fact):
+    """The replicas of one segment's shards, in manifest order, or of the manifest's own objects."""
+
+    entries: tuple[ReplicaEntry, ...]
+
+
+class ReaderClaim(Fact):
+    """Somebody reads a version; garbage collection leaves it alone until then."""
+
+    who: str
+    until_ms: int
