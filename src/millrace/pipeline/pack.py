@@ -1,0 +1,186 @@
+"""pack: record batches in, shards out. Here identity becomes a digest.
+
+A shard is an Arrow IPC file. Its bytes are gathered as the pieces Arrow hands out, most of them views of the
+records' own memory, so a shard is hashed and written without being copied together first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from millrace.core.errors import TransformError
+from millrace.core.model import Block, Digest, Shard
+from millrace.core.spec import Shards
+
+__all__ = ["PackedShard", "pack"]
+
+_MAGIC = b"ARROW1\0\0"
+_JOIN_BELOW_BYTES = 4096
+"""Pieces smaller than this are copied together: a system call a padding byte costs more."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedShard:
+    """A shard and its bytes: ``pieces``, concatenated, are what the digest names."""
+
+    shard: Shard
+    pieces: tuple[memoryview, ...]
+
+
+def pack(batches: Iterable[pa.RecordBatch], shards: Shards) -> Iterator[PackedShard]:
+    """Cut ``batches`` into blocks and blocks into shards.
+
+    A block has exactly ``shards.block_rows`` rows, except the last of a chunk and one whose values already fill
+    a shard by themselves. A shard is closed by the first block that brings it to ``shards.size`` bytes.
+    All batches have one schema; metadata and dictionaries are taken off.
+
+    Raises:
+        TransformError: the schema changes between batches; names the column.
+    """
+    writer: _ShardWriter | None = None
+    for block in _blocks((_plain(b) for b in batches), shards):
+        if writer is None:
+            writer = _ShardWriter(block.schema, shards.compression)
+        writer.write(block)
+        if writer.size_bytes >= shards.size:
+            yield writer.close()
+            writer = None
+    if writer is not None:
+        yield writer.close()
+
+
+def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Without metadata and dictionaries, so that equal records have equal bytes."""
+    columns = [
+        column.dictionary_decode() if pa.types.is_dictionary(column.type) else column for column in batch.columns
+    ]
+    fields = [
+        pa.field(field.name, column.type, field.nullable) for field, column in zip(batch.schema, columns, strict=True)
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
+
+
+def _blocks(batches: Iterable[pa.RecordBatch], shards: Shards) -> Iterator[pa.RecordBatch]:
+    """Batches of ``block_rows`` rows; slices where one batch suffices, copies only across batch borders."""
+    pending: list[pa.RecordBatch] = []
+    rows = size = 0
+    schema: pa.Schema | None = None
+    for batch in batches:
+        if schema is None:
+            schema = batch.schema
+        elif not batch.schema.equals(schema):
+            raise TransformError(_difference(schema, batch.schema))
+        start = 0
+        while start < batch.num_rows:
+            part = batch.slice(start, min(shards.block_rows - rows, batch.num_rows - start))
+            pending.append(part)
+            rows += part.num_rows
+            size += part.nbytes
+            start += part.num_rows
+            if rows == shards.block_rows or size >= shards.size:
+                yield _join(pending)
+                pending, rows, size = [], 0, 0
+    if rows:
+        yield _join(pending)
+
+
+def _join(parts: list[pa.RecordBatch]) -> pa.RecordBatch:
+    return parts[0] if len(parts) == 1 else pa.concat_batches(parts)
+
+
+def _difference(first: pa.Schema, other: pa.Schema) -> str:
+    if first.names != other.names:
+        return f"the columns change within one chunk: first {', '.join(first.names)}, then {', '.join(other.names)}"
+    for a, b in zip(first, other, strict=True):
+        if a.type != b.type:
+            return f"column {a.name!r} changes its type within one chunk: first {a.type}, then {b.type}"
+    return "whether a column may be null changes within one chunk"
+
+
+class _Pieces:
+    """A sink for Arrow's writer that keeps the buffers it is given, in order, and counts."""
+
+    def __init__(self, header_bytes: int) -> None:
+        self.pieces: list[memoryview] = []
+        self.size_bytes = 0
+        self.closed = False
+        self._small = bytearray()
+        self._header_bytes = header_bytes
+
+    def write(self, data: object) -> int:
+        view = memoryview(data)  # type: ignore[arg-type]
+        if len(view) < _JOIN_BELOW_BYTES:
+            self._small += view
+        else:
+            self.flush()
+            self.pieces.append(view)
+        self.size_bytes += len(view)
+        if self.size_bytes == self._header_bytes:
+            self.flush()  # the first block begins here, in a piece of its own
+        return len(view)
+
+    def flush(self) -> None:
+        if self._small:
+            self.pieces.append(memoryview(bytes(self._small)))
+            self._small.clear()
+
+    def close(self) -> None:
+        self.closed = True
+
+    def readable(self) -> bool:
+        return False
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return False
+
+
+class _ShardWriter:
+    """One shard in the making: bytes, digest and block index."""
+
+    def __init__(self, schema: pa.Schema, compression: str) -> None:
+        # Arrow writes the magic and the schema together with the first batch, so where that one begins is computed.
+        self._header_bytes = len(_MAGIC) + schema.serialize().size
+        self._sink = _Pieces(self._header_bytes)
+        self._file = pa.PythonFile(self._sink, mode="w")
+        options = pa.ipc.IpcWriteOptions(compression=None if compression == "none" else compression, use_threads=False)
+        self._writer = pa.ipc.new_file(self._file, schema, options=options)
+        self._digest = hashlib.sha256()
+        self._hashed = 0
+        self._blocks: list[Block] = []
+        self._rows = 0
+
+    @property
+    def size_bytes(self) -> int:
+        return self._sink.size_bytes
+
+    def write(self, block: pa.RecordBatch) -> None:
+        start = self._sink.size_bytes or self._header_bytes
+        self._writer.write_batch(block)
+        self._sink.flush()
+        digest = hashlib.sha256()
+        for piece in self._hash_new()[0 if self._blocks else 1 :]:
+            digest.update(piece)
+        length = self._sink.size_bytes - start
+        self._blocks.append(Block(start, length, block.num_rows, Digest(digest.hexdigest())))
+        self._rows += block.num_rows
+
+    def close(self) -> PackedShard:
+        self._writer.close()
+        self._sink.flush()
+        self._hash_new()
+        shard = Shard(Digest(self._digest.hexdigest()), self._sink.size_bytes, self._rows, tuple(self._blocks))
+        return PackedShard(shard, tuple(self._sink.pieces))
+
+    def _hash_new(self) -> list[memoryview]:
+        new = self._sink.pieces[self._hashed :]
+        for piece in new:
+            self._digest.update(piece)
+        self._hashed = len(self._sink.pieces)
+        return new
