@@ -39,6 +39,7 @@ __all__ = [
     "dataset_lease",
     "dataset_version",
     "ledger_page",
+    "ledger_prefix",
     "manifest_key",
     "reader",
     "replica_page",
@@ -99,7 +100,12 @@ def run_lease(run: int) -> str:
 
 def ledger_page(run: int, phase: str, page: int) -> str:
     """Key of one page of a phase's finished tasks."""
-    return f"{run_prefix(run)}ledger/{phase}/{page:06d}"
+    return f"{ledger_prefix(run, phase)}{page:06d}"
+
+
+def ledger_prefix(run: int, phase: str) -> str:
+    """Prefix of all pages of a phase."""
+    return f"{run_prefix(run)}ledger/{phase}/"
 
 
 def replica_page(manifest: Digest, page: int | str) -> str:

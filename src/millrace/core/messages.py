@@ -18,6 +18,7 @@ __all__ = [
     "Grant",
     "NodeEvent",
     "Phase",
+    "PhaseInputs",
     "TaskDone",
     "TaskFacts",
     "TaskFailed",
@@ -82,6 +83,26 @@ class Grant:
 
 
 @dataclass(frozen=True, slots=True)
+class PhaseInputs:
+    """What the tasks of a phase need to know of the phases before: sent to every node when a phase begins.
+
+    Attributes:
+        phase: The phase that begins.
+        outputs: For each earlier phase it reads: its name and the outputs of its tasks, 32 bytes a task in
+            order of index; 32 zero bytes where a chunk was set aside.
+    """
+
+    phase: str
+    outputs: tuple[tuple[str, bytes], ...]
+
+    def of(self, phase: str) -> tuple[tuple[int, Digest], ...]:
+        """(index, digest of its output) of each finished task of ``phase``."""
+        packed = dict(self.outputs)[phase]
+        digests = (packed[i : i + 32] for i in range(0, len(packed), 32))
+        return tuple((i, Digest(d.hex())) for i, d in enumerate(digests) if any(d))
+
+
+@dataclass(frozen=True, slots=True)
 class TaskFacts:
     """What is known of a finished task: a digest, sizes and counts, never bytes.
 
@@ -89,6 +110,9 @@ class TaskFacts:
         output: Digest of the object that holds the details (a ``ChunkOutput``, key partitions, a manifest).
         schema: Digest of the output schema, or ``""`` when there were no rows.
         seconds: Wall time of the task on its node.
+        first_quarantined: One sentence about the first bad record, for the message of a run that stops.
+        notes: Sentences for the run's report: a store that failed while the work went on elsewhere.
+        pages: Of ``persist`` only: encoded replica pages, the last one the manifest's own.
     """
 
     output: Digest
@@ -103,6 +127,9 @@ class TaskFacts:
     quarantined: int = 0
     seconds: float = 0.0
     stages: tuple[StageTime, ...] = ()
+    first_quarantined: str = ""
+    notes: tuple[str, ...] = ()
+    pages: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

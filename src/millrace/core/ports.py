@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from millrace.core.messages import Grant, NodeEvent
+from millrace.core.messages import Grant, NodeEvent, PhaseInputs
 
 __all__ = [
     "Bytes",
@@ -253,6 +253,9 @@ class Coordination(Protocol):
 
 class Fleet(Protocol):
     """The nodes, as the control loop sees them: grants go out, events come back. Nothing else crosses."""
+
+    async def enter(self, inputs: PhaseInputs) -> None:
+        """Tell every node, also those that join later, what the tasks of the phase that begins read."""
 
     async def send(self, grant: Grant) -> None:
         """Hand one granted task to its node. Never waits for the work."""
