@@ -81,12 +81,8 @@ class ProcessFleet:
         self._inputs: PhaseInputs | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def start(self) -> None:
-        """Start the processes, side by side.
-
-        Raises:
-            MillraceError: a worker can't set itself up (a transform can't be imported ...), as it said so.
-        """
+    def start(self) -> None:
+        """Start the processes, side by side. One that can't set itself up says why with its first task."""
         for worker in self._workers:
             self._idle.put_nowait(worker)
             worker.spawn()
@@ -197,7 +193,12 @@ class _Worker:
         pipe = self._pipe
         loop = asyncio.get_running_loop()
         readable: asyncio.Future[None] = loop.create_future()
-        loop.add_reader(pipe.fileno(), lambda: readable.done() or readable.set_result(None))
+
+        def wake() -> None:
+            if not readable.done():
+                readable.set_result(None)
+
+        loop.add_reader(pipe.fileno(), wake)
         try:
             await readable
         finally:

@@ -44,9 +44,13 @@ class Stopwatch:
 
     def add(self, stage: str, *, seconds: float = 0.0, rows: int = 0, size_bytes: int = 0) -> None:
         """Count what went through a stage, or time measured elsewhere."""
-        self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
-        self._rows[stage] = self._rows.get(stage, 0) + rows
-        self._bytes[stage] = self._bytes.get(stage, 0) + size_bytes
+        # Each sum of a stage is added to by one thread only, so none is touched without need.
+        if seconds or stage not in self._seconds:
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
+        if rows:
+            self._rows[stage] = self._rows.get(stage, 0) + rows
+        if size_bytes:
+            self._bytes[stage] = self._bytes.get(stage, 0) + size_bytes
 
     def times(self) -> tuple[StageTime, ...]:
         """What each stage took, in the order in which they first worked."""

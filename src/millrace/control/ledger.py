@@ -31,7 +31,7 @@ class Done:
 
 def encode_facts(facts: TaskFacts) -> dict[str, Any]:
     """JSON-safe; what is empty or zero is left out, and so are the pages, which go elsewhere."""
-    raw = {k: v for k, v in asdict(facts).items() if v and k not in {"stages", "pages"}}
+    raw = {k: v for k, v in asdict(facts).items() if v and k not in {"stages", "pages", "meta_pages"}}
     if facts.stages:
         raw["stages"] = [[s.stage, round(s.seconds, 6), s.rows, s.bytes] for s in facts.stages]
     return raw

@@ -53,6 +53,7 @@ class Ended:
         persisted: Of a run that is done: what ``persist`` came back with, replica pages and all.
         set_aside: Chunks within what ``quarantine.chunks`` allows, and why.
         notes: What went wrong on the way without stopping it, each once.
+        interrupted: Whether a signal ended it.
     """
 
     state: str
@@ -61,6 +62,7 @@ class Ended:
     persisted: TaskFacts | None
     set_aside: tuple[tuple[int, Failure], ...]
     notes: tuple[str, ...]
+    interrupted: bool
 
 
 async def read_control(coord: Coordination, run: int) -> Control:
@@ -152,6 +154,7 @@ class RunLoop:
             persisted=self._persisted,
             set_aside=tuple(sorted(state.set_aside.items())),
             notes=tuple(self._notes),
+            interrupted=state.finished is None,
         )
 
     def stage_facts(self) -> list[TaskFacts]:
@@ -192,7 +195,7 @@ class RunLoop:
         for command in commands:
             match command:
                 case Record(task, facts):
-                    self._ledger.record(task, replace(facts, pages=()))
+                    self._ledger.record(task, replace(facts, pages=(), meta_pages=()))
                     if task.phase == "persist":
                         self._persisted = facts
                     self._notes.update(dict.fromkeys(facts.notes))

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from millrace.control.loop import LEASE_TTL_MS
+from millrace.control.versions import keep_gc_out
 from millrace.core.errors import Conflict, LeaseHeld, UsageError
 from millrace.core.facts import Lineage, RunProgress, RunRecord, decode, encode
 from millrace.core.keys import (
-    GC_LEASE,
     RUN_COUNTER,
     dataset_lease,
     run_control,
@@ -82,7 +82,14 @@ async def begin_run(
     """Take up the dataset's unfinished run of the same work, or begin a new one.
 
     Args:
+        coord: Where runs are recorded.
+        clock: For the record and the leases.
+        dataset: The dataset the run will add a version to.
         identity: Digest of spec, plan and code; an unfinished run with another one is superseded.
+        phases: Of a new run.
+        lineage: Of a new run.
+        pipeline_file: As it was given, for sentences.
+        placement: The policy, as it is written into the version.
         holder: Who this process is.
         is_alive: Whether the process behind a holder still runs; the leases of a dead one are taken over at once.
         fresh: Begin a new run whatever there is.
@@ -91,9 +98,6 @@ async def begin_run(
         LeaseHeld: another process writes this dataset, or garbage collection is under way.
     """
     now_ms = clock.now_ms()
-    sweeping = await coord.holder(GC_LEASE)
-    if sweeping is not None and sweeping.expires_at_ms > now_ms and is_alive(sweeping.holder):
-        raise LeaseHeld("garbage collection is deleting objects; run again when it is done", holder=sweeping.holder)
     dataset_held = await _take(coord, dataset_lease(dataset), holder, now_ms, is_alive, dataset)
     earlier = await _unfinished(coord, dataset)
     same = [r for r in earlier if r.identity == identity and not fresh]
@@ -122,6 +126,7 @@ async def begin_run(
         Write(run_control(record.run), Control.RUN.encode()),
     ]
     await coord.commit(writes, guard=lease)
+    await keep_gc_out(coord, record.run, now_ms=clock.now_ms())
     return Begun(record, lease, dataset_held, resumed=bool(same))
 
 
@@ -153,13 +158,9 @@ async def ask(coord: Coordination, clock: Clock, run: int, control: Control, is_
 
 async def list_runs(coord: Coordination) -> list[RunRecord]:
     """Every run there is a record of, oldest first."""
-    found: list[RunRecord] = []
-    after = ""
-    while entries := await coord.list("runs/", after=after):
-        found += [decode(RunRecord, e.value, key=e.key) for e in entries if e.key.endswith("/record")]
-        # A run's ledger may be long; jump over it.
-        after = entries[-1].key
-    return found
+    counter = await coord.get(RUN_COUNTER)
+    entries = [await coord.get(run_record(i)) for i in range(1, int(counter.value) + 1 if counter else 1)]
+    return [decode(RunRecord, e.value, key=e.key) for e in entries if e is not None]
 
 
 async def load_run(coord: Coordination, run: int) -> RunRecord:

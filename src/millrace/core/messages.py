@@ -112,7 +112,8 @@ class TaskFacts:
         seconds: Wall time of the task on its node.
         first_quarantined: One sentence about the first bad record, for the message of a run that stops.
         notes: Sentences for the run's report: a store that failed while the work went on elsewhere.
-        pages: Of ``persist`` only: encoded replica pages, the last one the manifest's own.
+        pages, meta_pages: Of ``persist`` only: encoded replica pages, of the segments and of the manifest's own
+            objects.
     """
 
     output: Digest
@@ -130,6 +131,7 @@ class TaskFacts:
     first_quarantined: str = ""
     notes: tuple[str, ...] = ()
     pages: tuple[bytes, ...] = ()
+    meta_pages: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
