@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from typing import Final
 
 import pyarrow as pa
@@ -90,8 +90,10 @@ class OpenManifest:
             self._segments.popitem(last=False)
         return segment
 
-    async def segments(self) -> AsyncIterator[tuple[int, Segment]]:
+    async def segments(self) -> AsyncGenerator[tuple[int, Segment], None]:
         """Every segment in order, the next few already on their way.
+
+        Whoever may leave it early wraps it in ``contextlib.aclosing``, so that those are called back at once.
 
         Raises:
             StoreError: no whole replica of one can be read.

@@ -126,9 +126,11 @@ async def show(record: VersionRecord, manifest: OpenManifest, sites: Sequence[St
 
 def schema_text(schema: pa.Schema | None) -> str:
     """One line a column: ``name: type``, and ``not null`` where it is."""
-    if schema is None:
-        return ""
-    return "\n".join(f"{f.name}: {f.type}{'' if f.nullable else ' not null'}" for f in schema)
+    return "\n".join(f"{name}: {kind}" for name, kind in _columns_of(schema).items())
+
+
+def _columns_of(schema: pa.Schema | None) -> dict[str, str]:
+    return {f.name: f"{f.type}{'' if f.nullable else ' not null'}" for f in schema or ()}
 
 
 def _by_cloud(lines: Sequence[ReplicaLine]) -> tuple[ReplicaLine, ...]:
@@ -251,8 +253,7 @@ def _extent(columns: _Columns, counts: npt.NDArray[np.int64]) -> Extent:
 
 
 def _schema_changes(before: pa.Schema | None, after: pa.Schema | None) -> tuple[Change, ...]:
-    a = dict(line.split(": ", 1) for line in schema_text(before).splitlines())
-    b = dict(line.split(": ", 1) for line in schema_text(after).splitlines())
+    a, b = _columns_of(before), _columns_of(after)
     changes = list(_changes("", a, b))
     if not changes and list(a) != list(b):
         changes.append(Change("order of columns", ", ".join(a), ", ".join(b)))

@@ -70,7 +70,7 @@ async def entries(coord: Coordination, prefix: str, *, page: int = _PAGE) -> Asy
 async def list_datasets(coord: Coordination) -> tuple[DatasetLine, ...]:
     """Every dataset that has a version, by name."""
     lines = []
-    for name in await _names(coord):
+    for name in sorted(await _names(coord)):
         records = [record async for record in versions_of(coord, name)]
         head = await newest(coord, name)
         if head is not None:

@@ -22,7 +22,7 @@ from millrace.wiring.running import RunOptions, RunResult, run_planned
 from millrace.wiring.summary import summarise
 from millrace.wiring.world import open_world
 
-__all__: list[str] = []
+__all__ = ["when"]
 
 
 @app.command()
@@ -103,7 +103,7 @@ def runs(world: WorldOption = None, as_json: JsonOption = False) -> None:
     found = perform(output, work)
     output.document([_status_json(s) for s in found])
     rows = [
-        (s.record.run, s.record.dataset, s.state, _when(s.record.created_at_ms), s.record.pipeline_file) for s in found
+        (s.record.run, s.record.dataset, s.state, when(s.record.created_at_ms), s.record.pipeline_file) for s in found
     ]
     if rows:
         output.table(("run", "dataset", "state", "begun", "pipeline"), rows, right=("run",))
@@ -166,7 +166,8 @@ def _ask(run: int, control: Control, does: str, world: WorldOption, as_json: boo
     output.line(f"run {run} {does}")
 
 
-def _when(at_ms: int) -> str:
+def when(at_ms: int) -> str:
+    """A time as people read it, in this machine's zone."""
     return datetime.fromtimestamp(at_ms / 1000, tz=UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 

@@ -107,6 +107,7 @@ def decompressed(
         source: The object's stored bytes, from the first to the last.
         obj: For the sentence.
         compression: Of all of it.
+        block_bytes: Of one block of what comes out, at most.
 
     Raises:
         SourceError: the stream ends in its middle, is empty or isn't of its kind; names the object and the byte.

@@ -115,9 +115,9 @@ class Plan:
             Corrupt: these bytes are not a whole plan.
         """
         view = memoryview(data).cast("B")
-        if len(view) < len(_MAGIC) + 40 or view[: len(_MAGIC)] != _MAGIC:
+        if len(view) < len(_MAGIC) + 40 or bytes(view[: len(_MAGIC)]) != _MAGIC:
             raise Corrupt(f"the stored plan is not a plan ({len(view)} bytes); start a new run")
-        if hashlib.sha256(view[:-32]).digest() != view[-32:]:
+        if hashlib.sha256(view[:-32]).digest() != bytes(view[-32:]):
             raise Corrupt(f"the stored plan is damaged ({len(view)} bytes that don't add up); start a new run")
         (count,) = struct.unpack_from("<Q", view, len(_MAGIC))
         lengths = struct.unpack_from(f"<{count}Q", view, len(_MAGIC) + 8)

@@ -26,6 +26,8 @@ OBSTORE_ERRORS = (obs.BaseError, FileNotFoundError, NotImplementedError, ValueEr
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>([A-Za-z0-9_.-]{1,64})</Code>")
 _FULL = frozenset({"QuotaExceeded", "QuotaExceededException", "XMinioStorageFull", "InsufficientStorage"})
+# Not just "timeout": the text also tells the settings, retry_timeout among them.
+_TIMED_OUT = re.compile(r"operation timed out|TimedOut|deadline has elapsed")
 # Two conditional writes met; which one won isn't decided yet, so this is no AlreadyExists.
 _UNDECIDED = frozenset({"ConditionalRequestConflict", "OperationAborted"})
 _METADATA = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
@@ -84,7 +86,7 @@ def _kind(
         return Unsupported, f"{could_not}; it lacks this operation: use another store for it"
     if isinstance(problem, obs.UnknownConfigurationKeyError):
         return StoreError, "was given a credential it does not know; look at their names"
-    if not status and re.search(r"timed ?out|timeout", text, re.IGNORECASE):
+    if not status and _TIMED_OUT.search(text):
         return TimedOut, f"{could_not} in time; try again"
     if status in {408, 425, 429} or status >= 500 or not status:
         return Unavailable, f"{could_not}; try again"

@@ -15,9 +15,9 @@ import pyarrow as pa
 from millrace.core.errors import SourceError
 from millrace.core.model import Chunk, SourceObject
 from millrace.core.spec import Source
-from millrace.pipeline.formats.tabular import conform, emit, plain_schema, require_same, with_path
 from millrace.pipeline.formats.ipc_footer import IpcBlock, batch_rows, record_batches
 from millrace.pipeline.formats.ranged import HOLD_BYTES, RangedFile, decoding, even_cuts, opened
+from millrace.pipeline.formats.tabular import conform, emit, plain_schema, require_same, with_path
 from millrace.pipeline.records import ReadContext, Reads, Records
 
 __all__ = ["ARROW", "Arrow"]
@@ -83,7 +83,7 @@ def _is_file(file: RangedFile) -> bool:
         return True
     if len(head) < 8 or (head[:4] != _CONTINUATION and not 0 < int.from_bytes(head[:4], "little") <= obj.size_bytes):
         raise SourceError(
-            f"{obj.path} is neither an Arrow IPC file nor a stream: it begins with {head!r}; write it "
+            f"{obj.path} is neither an Arrow IPC file nor a stream, or is truncated: it begins with {head!r}; write it "
             "again or exclude it"
         )
     return False

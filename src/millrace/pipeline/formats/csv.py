@@ -172,10 +172,8 @@ class _Header:
                     f"{self.obj.path} has another header than the first file: column {i} is {mine!r} instead of "
                     f"{theirs!r}{way_out}"
                 )
-        if len(found) > len(names):
-            detail = f"it also has {found[len(names)]!r}"
-        else:
-            detail = f"it lacks {names[len(found)]!r}"
+        longer = len(found) > len(names)
+        detail = f"it also has {found[len(names)]!r}" if longer else f"it lacks {names[len(found)]!r}"
         raise SourceError(f"{self.obj.path} has another header than the first file: {detail}{way_out}")
 
 

@@ -19,7 +19,7 @@ from millrace.pipeline.formats.quotes import closed_at_newlines
 
 __all__ = ["BadRow", "RowParser"]
 
-_NEWLINE, _RETURN, _QUOTE = 10, 13, 34
+_NEWLINE, _RETURN = 10, 13
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class RowParser:
 
     def _table(self, raw: memoryview, kinds: dict[str, pa.DataType] | None) -> pa.Table:
         # Arrow passes over a byte order mark, but in the middle of a file it is text.
-        source = pa.py_buffer(b"\n" + bytes(raw) if raw[: len(BOM)] == BOM else raw)
+        source = pa.py_buffer(b"\n" + bytes(raw) if bytes(raw[: len(BOM)]) == BOM else raw)
         options: dict[str, Any] = {} if kinds is None else {"column_types": kinds, "include_columns": list(kinds)}
         names: dict[str, Any] = {"autogenerate_column_names": True} if kinds is None else {"column_names": self._header}
         return pacsv.read_csv(

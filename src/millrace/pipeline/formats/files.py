@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from millrace.core.model import Chunk, SourceObject
@@ -94,7 +95,7 @@ def _whole(chunk: Chunk, first: int, pieces: list[memoryview]) -> Records:
     return _records(chunk, rows, np.zeros(len(pieces), np.int64), pa.array(pieces, pa.binary()))
 
 
-def _records(chunk: Chunk, rows: np.ndarray, offsets: np.ndarray, data: pa.Array) -> Records:  # type: ignore[type-arg]
+def _records(chunk: Chunk, rows: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], data: pa.Array) -> Records:
     sizes = pa.array([chunk.objects[i].size_bytes for i in rows.tolist()], pa.int64())
     columns = [path_column(chunk.objects, rows), pa.array(offsets), sizes, data]
     return Records(pa.record_batch(columns, schema=FILES_SCHEMA), rows, offsets)

@@ -92,10 +92,7 @@ def _fields(context: ReadContext) -> Fields:
     """What lines should hold, by the schema found at planning."""
     listed = context.source.columns
     schema = context.schema
-    if listed is not None:
-        ours = "path" not in listed
-    else:
-        ours = schema.names[0] == "path" and len(schema) > 1
+    ours = schema.names[0] == "path" and len(schema) > 1 if listed is None else "path" not in listed
     return Fields({f.name: f.type for f in schema if not (ours and f.name == "path")}, strict=listed is None)
 
 
@@ -155,7 +152,7 @@ def read_at_once(lines: LineBatch, fields: Fields) -> list[pa.Array] | None:
         for i, kind in enumerate(kinds.values()):
             if kind == TIME_TYPE:
                 columns[i] = to_times(columns[i])
-            elif kind == pa.float64() and not (pc.all(pc.is_finite(columns[i])).as_py() in {True, None}):
+            elif kind == pa.float64() and pc.all(pc.is_finite(columns[i])).as_py() is False:
                 return None
     except pa.ArrowInvalid:
         return None

@@ -161,7 +161,7 @@ def _whole_runs(
         yield from splitter.feed(block)[0]
     if found.is_open:
         raise SourceError(
-            f"{obj.path} ends inside a quoted value; the file is cut short, or a quote is missing: mend it or exclude it"
+            f"{obj.path} ends inside a quoted value: it is cut short, or lacks a quote; mend it or exclude it"
         )
     yield from splitter.finish()
 

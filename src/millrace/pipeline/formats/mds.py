@@ -19,9 +19,9 @@ import pyarrow as pa
 from millrace.core.errors import SourceError
 from millrace.core.model import Chunk, Quarantined, SourceObject
 from millrace.core.spec import Source
-from millrace.pipeline.formats.tabular import emit, require_same, with_path
 from millrace.pipeline.formats.mds_columns import MdsColumn, NotDecodable, gather_sizes, parse_column
 from millrace.pipeline.formats.ranged import Cursor, codec_of, even_cuts, open_cursor, opened
+from millrace.pipeline.formats.tabular import emit, require_same, with_path
 from millrace.pipeline.records import ReadContext, Reads, Records
 
 __all__ = ["MDS", "Mds"]

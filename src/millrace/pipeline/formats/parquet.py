@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from millrace.core.errors import SourceError
 from millrace.core.model import Chunk, SourceObject
 from millrace.core.spec import Source
-from millrace.pipeline.formats.tabular import conform, emit, plain_schema, require_same, with_path
 from millrace.pipeline.formats.ranged import HOLD_BYTES, RangedFile, decoding, even_cuts, opened
+from millrace.pipeline.formats.tabular import conform, emit, plain_schema, require_same, with_path
 from millrace.pipeline.records import ReadContext, Reads, Records
 
 __all__ = ["PARQUET", "Parquet"]
@@ -93,7 +93,7 @@ class Parquet:
                     yield from emit(batch, positions, index, obj, context, position=self.position)
                 if row != run[-1].row + run[-1].rows:
                     raise SourceError(
-                        f"{obj.path}: row groups {run[0].index} to {run[-1].index} don't hold the rows the footer says; "
+                        f"{obj.path}: row groups {run[0].index} to {run[-1].index} lack rows the footer tells of; "
                         "the file is corrupt, so write it again or exclude it"
                     )
 

@@ -15,7 +15,7 @@ from millrace.core.errors import SourceError
 from millrace.core.model import Quarantined, SourceObject
 from millrace.pipeline.records import ReadContext, Records
 
-__all__ = ["conform", "emit", "plain_schema", "plain_type", "require_same", "with_path"]
+__all__ = ["conform", "emit", "plain_schema", "plain_type", "renamed", "require_same", "with_path"]
 
 _SIMPLE: Final = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
 _ENCODED: Final = (
@@ -120,7 +120,12 @@ def conform(batch: pa.RecordBatch, plain: pa.Schema) -> pa.RecordBatch:
     """
     columns = [_decoded(column, field.type) for column, field in zip(batch.columns, plain, strict=True)]
     out = pa.RecordBatch.from_arrays(columns, names=plain.names) if columns else batch
-    return pa.record_batch(_Renamed(out, plain))
+    return renamed(out, plain)
+
+
+def renamed(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """The same buffers under another schema of the same layout: names, nullability, or times as their integers."""
+    return pa.record_batch(_Renamed(batch, schema))
 
 
 def _decoded(column: pa.Array, kind: pa.DataType) -> pa.Array:

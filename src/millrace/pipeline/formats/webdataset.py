@@ -17,8 +17,8 @@ import pyarrow as pa
 from millrace.core.errors import SourceError
 from millrace.core.model import Chunk, Quarantined, SourceObject
 from millrace.core.spec import Source
-from millrace.pipeline.formats.tabular import emit, with_path
 from millrace.pipeline.formats.ranged import Cursor, PlainCursor, codec_of, open_cursor, opened
+from millrace.pipeline.formats.tabular import emit, with_path
 from millrace.pipeline.formats.tarwalk import Member, walk
 from millrace.pipeline.records import ReadContext, Reads, Records
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from millrace.pipeline.process.plain import plain_batch
 
-__all__ = ["DATA_ERRORS", "Engine", "Function", "SqlSyntax", "over_records", "sentence"]
+__all__ = ["DATA_ERRORS", "Engine", "Function", "SqlSyntax", "over_records", "sentence", "unbound"]
 
 DATA_ERRORS: Final = (duckdb.DataError, duckdb.InvalidInputException)
 """What a record can be to blame for: a conversion, a range, a bad argument. Everything else is the query's fault."""
@@ -150,3 +150,11 @@ def sentence(message: object) -> str:
     text = re.split(r"\n\s*(?:LINE \d+:|Candidate )", str(message))[0]
     text = re.sub(r"^[A-Z][A-Za-z ]+ Error: ", "", text.strip())
     return re.sub(r"\s+", " ", text).strip()[:300]
+
+
+def unbound(error: duckdb.Error, columns: Sequence[str]) -> str:
+    """Why a query doesn't fit these columns."""
+    missing = re.search(r'Referenced column "(.+?)" not found', str(error))
+    if missing is None:
+        return sentence(error)
+    return f"there is no column {missing[1]!r}; there are {', '.join(columns)}"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import pairwise
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ import pyarrow.types as pt
 from millrace.core.errors import TransformError
 
 __all__ = ["KeyBatch", "partition", "row_keys"]
+
+Bytes = bytes | memoryview
 
 _NULL: Final = b"\0"
 _PREFIX: Final = struct.Struct("<cQ").pack  # a tag and a length
@@ -86,23 +88,44 @@ def row_keys(batch: pa.RecordBatch, columns: Sequence[str], first_ordinal: int) 
 # --- the encoding -----------------------------------------------------------------------------------
 
 
+class _Cells(Protocol):
+    """Encoded values, one after another."""
+
+    def cells(self) -> Sequence[Bytes]:
+        """Each value's bytes."""
+
+    def flat(self) -> tuple[Bytes, npt.NDArray[np.int64]]:
+        """All of them end to end, and where each begins, with the end last."""
+
+
 @dataclass(frozen=True, slots=True)
-class _Cells:
-    """Encoded values, end to end: value i is ``data[offsets[i]:offsets[i + 1]]``."""
+class _Pieces:
+    """Values of varying length, each an object."""
+
+    pieces: list[bytes]
+
+    def cells(self) -> Sequence[Bytes]:
+        return self.pieces
+
+    def flat(self) -> tuple[Bytes, npt.NDArray[np.int64]]:
+        offsets = np.zeros(len(self.pieces) + 1, np.int64)
+        np.cumsum(np.fromiter(map(len, self.pieces), np.int64, len(self.pieces)), out=offsets[1:])
+        return b"".join(self.pieces), offsets
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """Values of a few words, end to end: value i is ``data[offsets[i]:offsets[i + 1]]``."""
 
     data: bytes
     offsets: npt.NDArray[np.int64]
 
-    def cells(self) -> list[memoryview]:
+    def cells(self) -> Sequence[Bytes]:
         view = memoryview(self.data)
-        ends = self.offsets.tolist()
-        return [view[s:e] for s, e in pairwise(ends)]
+        return [view[s:e] for s, e in pairwise(self.offsets.tolist())]
 
-
-def _joined(pieces: list[bytes]) -> _Cells:
-    offsets = np.zeros(len(pieces) + 1, np.int64)
-    np.cumsum(np.fromiter(map(len, pieces), np.int64, len(pieces)), out=offsets[1:])
-    return _Cells(b"".join(pieces), offsets)
+    def flat(self) -> tuple[Bytes, npt.NDArray[np.int64]]:
+        return self.data, self.offsets
 
 
 def _encode(array: pa.Array) -> _Cells:
@@ -112,8 +135,10 @@ def _encode(array: pa.Array) -> _Cells:
         TypeError: not a type that has an equality.
     """
     kind = array.type
+    if not len(array):
+        return _Pieces([])
     if pt.is_null(kind):
-        return _joined([_NULL] * len(array))
+        return _Pieces([_NULL] * len(array))
     if pt.is_string(kind) or pt.is_binary(kind):
         return _encode_bytes(array, b"s" if pt.is_string(kind) else b"y")
     if pt.is_fixed_size_binary(kind):
@@ -124,7 +149,7 @@ def _encode(array: pa.Array) -> _Cells:
         return _encode_struct(array)
     if pt.is_map(kind) or pt.is_decimal(kind) or pt.is_interval(kind):
         return _encode_python(array)
-    for test, words in _WORDS:
+    for test, words in _TAGGED:
         if test(kind):
             tags, values = words(array)
             return _encode_words(array, tags, values)
@@ -133,15 +158,13 @@ def _encode(array: pa.Array) -> _Cells:
 
 def _encode_bytes(array: pa.Array, tag: bytes) -> _Cells:
     _, offset_buffer, data_buffer = array.buffers()
-    if not len(array):
-        return _joined([])
     offsets = np.frombuffer(offset_buffer, np.int32)[array.offset : array.offset + len(array) + 1].tolist()
     data = memoryview(data_buffer) if data_buffer is not None else memoryview(b"")
     if array.null_count:
         valid = array.is_valid().to_pylist()
         spans = zip(offsets, offsets[1:], valid, strict=False)
-        return _joined([_PREFIX(tag, e - s) + data[s:e] if ok else _NULL for s, e, ok in spans])
-    return _joined([_PREFIX(tag, e - s) + data[s:e] for s, e in pairwise(offsets)])
+        return _Pieces([_PREFIX(tag, e - s) + data[s:e] if ok else _NULL for s, e, ok in spans])
+    return _Pieces([_PREFIX(tag, e - s) + data[s:e] for s, e in pairwise(offsets)])
 
 
 def _encode_words(array: pa.Array, tags: npt.NDArray[np.uint8], values: npt.NDArray[np.int64]) -> _Cells:
@@ -152,51 +175,51 @@ def _encode_words(array: pa.Array, tags: npt.NDArray[np.uint8], values: npt.NDAr
     cells[:, 0] = tags
     cells[:, 1:] = np.ascontiguousarray(values, "<i8").view(np.uint8).reshape(len(array), width - 1)
     if not array.null_count:
-        return _Cells(cells.tobytes(), np.arange(len(array) + 1, dtype=np.int64) * width)
+        return _Words(cells.tobytes(), np.arange(len(array) + 1, dtype=np.int64) * width)
     valid = array.is_valid().to_numpy(zero_copy_only=False)
     cells[~valid, 0] = 0
     keep = np.repeat(valid[:, None], width, axis=1)
     keep[:, 0] = True
     offsets = np.zeros(len(array) + 1, np.int64)
     np.cumsum(np.where(valid, width, 1), out=offsets[1:])
-    return _Cells(cells[keep].tobytes(), offsets)
+    return _Words(cells[keep].tobytes(), offsets)
 
 
-_Words = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
+_Tagged = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
 
 
 def _tags(array: pa.Array, tag: bytes) -> npt.NDArray[np.uint8]:
     return np.full(len(array), tag[0], np.uint8)
 
 
-def _integers(array: pa.Array) -> _Words:
+def _integers(array: pa.Array) -> _Tagged:
     if array.type == pa.uint64():
         words: npt.NDArray[np.int64] = pc.fill_null(array, 0).to_numpy().view(np.int64)
         return np.where(words < 0, ord("u"), ord("i")).astype(np.uint8), words
     return _tags(array, b"i"), pc.fill_null(array, 0).cast(pa.int64()).to_numpy()
 
 
-def _floats(array: pa.Array) -> _Words:
+def _floats(array: pa.Array) -> _Tagged:
     values = pc.fill_null(array, 0).cast(pa.float64()).to_numpy() + 0.0  # -0.0 becomes 0.0
     values = np.where(np.isnan(values), np.nan, values)  # one NaN
     return _tags(array, b"f"), values.view(np.int64)
 
 
-def _booleans(array: pa.Array) -> _Words:
+def _booleans(array: pa.Array) -> _Tagged:
     return _tags(array, b"b"), pc.fill_null(array, False).cast(pa.int64()).to_numpy()
 
 
-def _dates(array: pa.Array) -> _Words:
+def _dates(array: pa.Array) -> _Tagged:
     days = array.cast(pa.date32()).cast(pa.int32()).cast(pa.int64())
     return _tags(array, b"D"), pc.fill_null(days, 0).to_numpy()
 
 
-def _instants(array: pa.Array) -> _Words:
+def _instants(array: pa.Array) -> _Tagged:
     tag = b"d" if pt.is_duration(array.type) else b"t" if array.type.tz is None else b"T"
     return _tags(array, tag), _seconds_and_ns(pc.fill_null(array.cast(pa.int64()), 0).to_numpy(), array.type.unit)
 
 
-def _times(array: pa.Array) -> _Words:
+def _times(array: pa.Array) -> _Tagged:
     ints = array.cast(pa.int32() if array.type.bit_width == 32 else pa.int64()).cast(pa.int64())
     return _tags(array, b"M"), _seconds_and_ns(pc.fill_null(ints, 0).to_numpy(), array.type.unit)
 
@@ -207,7 +230,7 @@ def _seconds_and_ns(values: npt.NDArray[np.int64], unit: str) -> npt.NDArray[np.
     return np.stack([seconds, rest * ns], axis=1)
 
 
-_WORDS: Final[tuple[tuple[Callable[[pa.DataType], bool], Callable[[pa.Array], _Words]], ...]] = (
+_TAGGED: Final[tuple[tuple[Callable[[pa.DataType], bool], Callable[[pa.Array], _Tagged]], ...]] = (
     (pt.is_integer, _integers),
     (pt.is_floating, _floats),
     (pt.is_boolean, _booleans),
@@ -220,14 +243,14 @@ _WORDS: Final[tuple[tuple[Callable[[pa.DataType], bool], Callable[[pa.Array], _W
 
 def _encode_list(array: pa.Array) -> _Cells:
     lengths = pc.fill_null(pc.list_value_length(array), 0).cast(pa.int64()).to_numpy()
-    items = _encode(array.flatten())  # leaves out what lies under nulls
+    data, offsets = _encode(array.flatten()).flat()  # leaves out what lies under nulls
     ends = np.zeros(len(array) + 1, np.int64)
     np.cumsum(lengths, out=ends[1:])
-    spans = items.offsets[ends].tolist()
+    spans = offsets[ends].tolist()
     valid = array.is_valid().to_pylist()
-    view = memoryview(items.data)
+    view = memoryview(data)
     counts = lengths.tolist()
-    return _joined(
+    return _Pieces(
         [
             _PREFIX(b"l", n) + view[s:e] if ok else _NULL
             for n, s, e, ok in zip(counts, spans, spans[1:], valid, strict=False)
@@ -240,14 +263,14 @@ def _encode_struct(array: pa.Array) -> _Cells:
     prefix = _PREFIX(b"r", len(children))
     valid = array.is_valid().to_pylist()
     if not children:
-        return _joined([prefix if ok else _NULL for ok in valid])
+        return _Pieces([prefix if ok else _NULL for ok in valid])
     rows = zip(valid, *children, strict=True)
-    return _joined([b"".join((prefix, *cells)) if ok else _NULL for ok, *cells in rows])
+    return _Pieces([b"".join((prefix, *cells)) if ok else _NULL for ok, *cells in rows])
 
 
 def _encode_python(array: pa.Array) -> _Cells:
     """Types too rare to be worth their own path."""
-    return _joined([_NULL if value is None else _encode_value(value) for value in array.to_pylist()])
+    return _Pieces([_NULL if value is None else _encode_value(value) for value in array.to_pylist()])
 
 
 def _encode_value(value: object) -> bytes:
@@ -256,7 +279,7 @@ def _encode_value(value: object) -> bytes:
         text = text.rstrip("0").rstrip(".") if "." in text else text
         return _text(b"n", "0" if text in {"-0", ""} else text)
     if isinstance(value, list):  # a map: its pairs, in order
-        pairs = [_encode(pa.array([part])).data for pair in value for part in pair]
+        pairs = [_encode(pa.array([part])).flat()[0] for pair in value for part in pair]
         return _PREFIX(b"m", len(value)) + b"".join(pairs)
     return _text(b"v", repr(value))
 

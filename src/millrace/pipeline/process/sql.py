@@ -7,7 +7,6 @@ keeps, and each row still knows where it came from.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import pyarrow.compute as pc
 
 from millrace.core.errors import SpecError, TransformError
 from millrace.core.spec import SqlTransform
-from millrace.pipeline.process.engine import DATA_ERRORS, Engine, sentence
+from millrace.pipeline.process.engine import DATA_ERRORS, Engine, sentence, unbound
 from millrace.pipeline.process.isolate import RecordFault, isolate
 from millrace.pipeline.process.repeat import require_same
 from millrace.pipeline.process.rows import Origins, ProcessContext, Rows, cut
@@ -74,7 +73,7 @@ def plan(engine: Engine, sql: str, schema: pa.Schema, where: str) -> SqlPlan:
     try:
         bound = engine.bind(sql, readable)
     except duckdb.Error as error:
-        raise SpecError(f"{where}: {_binding(error, names)}") from error
+        raise SpecError(f"{where}: {unbound(error, names)}") from error
     twice = next((n for i, n in enumerate(bound.names) if n in bound.names[:i]), None)
     if twice is not None:
         raise SpecError(f"{where}: two output columns are called {twice!r}; name one with AS, or use * REPLACE (...)")
@@ -94,13 +93,6 @@ def plan(engine: Engine, sql: str, schema: pa.Schema, where: str) -> SqlPlan:
             f"{where}: SQL can't read column {field.name!r} of type {field.type}; name the columns you need"
         )
     return SqlPlan(bound, tuple(range(len(names))), sql, None, ())
-
-
-def _binding(error: duckdb.Error, names: Sequence[str]) -> str:
-    missing = re.search(r'Referenced column "(.+?)" not found', str(error))
-    if missing is None:
-        return sentence(error)
-    return f"there is no column {missing[1]!r}; there are {', '.join(names)}"
 
 
 def _readable(engine: Engine, schema: pa.Schema, node: Mapping[str, Any], where: str) -> pa.Schema:

@@ -141,24 +141,29 @@ def resolve(parts: Iterable[tuple[int, KeyBatch]]) -> dict[int, npt.NDArray[np.i
     """Which rows lose, by chunk: of each key, all but the first by (chunk, ordinal).
 
     Args:
-        parts: (chunk index, its keys in one partition), in any order. About 60 bytes a key are held.
+        parts: (chunk index, its keys in one partition, in the stream's order), in any order of chunks. About 60 bytes
+            a key are held.
 
     Returns:
         For each chunk that has any: its losers' ordinals, sorted.
     """
-    pairs = [(chunk, keys) for chunk, keys in parts if len(keys)]
+    pairs = sorted(((c, k) for c, k in parts if len(k)), key=lambda pair: (pair[0], int(pair[1].ordinals[0])))
     if not pairs:
         return {}
     high = np.concatenate([keys.high for _, keys in pairs])
     low = np.concatenate([keys.low for _, keys in pairs])
-    ordinals = np.concatenate([keys.ordinals for _, keys in pairs])
-    chunks = np.repeat(np.asarray([c for c, _ in pairs], np.int64), [len(k) for _, k in pairs])
-    order = np.lexsort((ordinals, chunks, low, high))
-    high, low = high[order], low[order]
-    lost = order[1:][(high[1:] == high[:-1]) & (low[1:] == low[:-1])]
-    chunks, ordinals = chunks[lost], ordinals[lost]
-    order = np.lexsort((ordinals, chunks))
-    chunks, ordinals = chunks[order], ordinals[order]
+    # Rows lie in the dataset's order now, so a stable sort by key alone leaves the first of each key in front.
+    order = np.argsort(high, kind="stable")
+    ranked = high[order]
+    same = ranked[1:] == ranked[:-1]
+    if (low[order[1:]] != low[order[:-1]])[same].any():  # two keys with one first half: 1 in 2^64 pairs
+        order = np.lexsort((low, high))
+        ranked = high[order]
+        same = (ranked[1:] == ranked[:-1]) & (low[order[1:]] == low[order[:-1]])
+    lost = np.sort(order[1:][same])
+    del high, low, ranked, same, order
+    ordinals = np.concatenate([keys.ordinals for _, keys in pairs])[lost]
+    chunks = np.repeat(np.asarray([c for c, _ in pairs], np.int64), [len(k) for _, k in pairs])[lost]
     found, starts = np.unique(chunks, return_index=True)
     return dict(zip(found.tolist(), np.split(ordinals, starts[1:]), strict=True)) if len(found) else {}
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from millrace.core.errors import Nondeterministic, SpecError, TransformError
@@ -24,7 +25,6 @@ __all__ = ["BadText", "ByteTokens", "Encoder", "FileTokens", "TokenizeStep", "op
 Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
 _GROUP_BYTES: Final = 4_000_000
-_SHORT_BYTES: Final = 256  # mean length under which one masked copy beats a copy a record
 _END_NAMES: Final = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "[SEP]")
 
 
@@ -77,40 +77,29 @@ class ByteTokens:
         """Tokens in pieces of about 4 MB of text."""
         if not len(array):
             return
-        _, offset_buffer, data_buffer = array.buffers()
-        offsets = np.frombuffer(offset_buffer, np.int32)[array.offset : array.offset + len(array) + 1].astype(np.int64)
-        data = np.frombuffer(data_buffer if data_buffer is not None else b"", np.uint8)
+        texts = array.cast(pa.binary())
+        bounds = np.frombuffer(texts.buffers()[1], np.int32)[texts.offset : texts.offset + len(texts) + 1]
+        offsets = bounds.astype(np.int64)
         row = 0
-        while row < len(array):
+        while row < len(texts):
             last = int(np.searchsorted(offsets, offsets[row] + _GROUP_BYTES, side="right")) - 1
             if last > row:
-                yield self._group(data, offsets[row : last + 1])
+                yield self._group(texts.slice(row, last - row), offsets[row : last + 1])
                 row = last
                 continue
-            start, stop = int(offsets[row]), int(offsets[row + 1])
-            for at in range(start, stop, _GROUP_BYTES):
-                yield data[at : min(at + _GROUP_BYTES, stop)].astype(self.dtype)
+            value = np.frombuffer(texts[row].as_buffer(), np.uint8)
+            for at in range(0, len(value), _GROUP_BYTES):
+                yield value[at : at + _GROUP_BYTES].astype(self.dtype)
             yield np.array([self.end], self.dtype)
             row += 1
 
-    def _group(self, data: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]) -> Tokens:
-        count = len(offsets) - 1
-        start, stop = int(offsets[0]), int(offsets[-1])
-        out = np.empty(stop - start + count, self.dtype)
-        if stop - start < _SHORT_BYTES * count:
-            mask = np.ones(len(out), np.bool_)
-            ends = offsets[1:] - start + np.arange(count)
-            mask[ends] = False
-            out[ends] = self.end
-            out[mask] = data[start:stop]
-            return out
-        at = 0
-        bounds = offsets.tolist()
-        for first, last in pairwise(bounds):
-            after = at + last - first
-            out[at:after] = data[first:last]
-            out[after] = self.end
-            at = after + 1
+    def _group(self, texts: pa.Array, offsets: npt.NDArray[np.int64]) -> Tokens:
+        """Some whole records: joined with a byte between them where the end token goes, all at memory speed."""
+        count = len(texts)
+        joined = pc.binary_join(pa.ListArray.from_arrays(pa.array([0, count], pa.int32()), texts), b"\0")[0].as_buffer()
+        out = np.empty(int(offsets[-1] - offsets[0]) + count, self.dtype)
+        out[:-1] = np.frombuffer(joined, np.uint8)
+        out[offsets[1:] - offsets[0] + np.arange(count)] = self.end
         return out
 
 

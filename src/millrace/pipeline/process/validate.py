@@ -13,10 +13,10 @@ import pyarrow.types as pt
 
 from millrace.core.errors import SpecError, TransformError
 from millrace.core.spec import ValidateRules
-from millrace.pipeline.process.engine import DATA_ERRORS, Engine, over_records, sentence
+from millrace.pipeline.process.engine import DATA_ERRORS, Engine, over_records, sentence, unbound
 from millrace.pipeline.process.isolate import RecordFault, isolate
 from millrace.pipeline.process.rows import ProcessContext, Rows
-from millrace.pipeline.process.sqlcheck import check_condition, column_refs, stars
+from millrace.pipeline.process.sqlcheck import check_condition, column_refs
 
 __all__ = ["ValidateStep", "require_columns"]
 
@@ -66,17 +66,18 @@ class ValidateStep:
             return
         require_columns(self._rules.required, schema, f"{self._where}.required")
         trees = [self._engine.parse(over_records(rule)) for rule in self._rules.rules]
-        whole = bool(stars(trees))
         used = column_refs(trees)
-        self._columns = tuple(i for i, name in enumerate(schema.names) if whole or name.casefold() in used)
+        self._columns = tuple(i for i, name in enumerate(schema.names) if name.casefold() in used)
+        for field in (schema.field(i) for i in self._columns):
+            if not self._engine.can_read(field.type):
+                raise SpecError(f"{self._where}.rules: SQL can't read column {field.name!r} of type {field.type}")
         seen = pa.schema([schema.field(i) for i in self._columns] or [pa.field("x", pa.int8())])
         for i, rule in enumerate(self._rules.rules):
             where = f"{self._where}.rules.{i}"
             try:
                 bound = self._engine.bind(over_records(rule), seen)
             except duckdb.Error as error:
-                known = ", ".join(schema.names)
-                raise SpecError(f"{where}: {sentence(error)} (the columns are {known})") from error
+                raise SpecError(f"{where}: {unbound(error, schema.names)}") from error
             if bound.types != [pa.bool_()]:
                 raise SpecError(f"{where}: {rule!r} gives {bound.types[0]}, not true or false")
         self._checked = schema
