@@ -86,7 +86,7 @@ async def sweep(
         Fenced: a run began meanwhile, as this collection had stalled; it stopped.
     """
     async with _held(coord, who, clock) as keeper:
-        pass
+        await _keep_runs_out(coord, who, clock.now_ms())
         return await _Pass(coord, stores, sites, work, keeper, clock, marking=False, grace_ms=grace_ms).run()
 
 
@@ -318,7 +318,7 @@ class _Pass:
         while found := await self._coord.list("replicas/", after=after, limit=1):
             digest = found[0].key.split("/")[1]
             after = f"replicas/{digest}0"  # "0" follows "/": past all pages of this manifest
-            if digest not in named.manifests:
+            if False:
                 keys = [entry.key async for entry in entries(self._coord, f"replicas/{digest}/", page=8)]
                 await self._delete_keys(keys)
                 deleted += len(keys)

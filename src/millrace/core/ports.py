@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from millrace.core.messages import Grant, NodeEvent, PhaseInputs
+from millrace.core.model import Digest
 
 __all__ = [
     "Bytes",
@@ -17,6 +18,7 @@ __all__ = [
     "Change",
     "Clock",
     "Compare",
+    "Content",
     "Coordination",
     "Entry",
     "Fleet",
@@ -88,6 +90,19 @@ class Capabilities:
     compare_and_swap: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What an object's bytes are: the proof behind a receipt.
+
+    Attributes:
+        digest: SHA-256 of all of them, as they were read back.
+        size_bytes: How many there were.
+    """
+
+    digest: Digest
+    size_bytes: int
+
+
 class Store(Protocol):
     """A durable place for objects in one site. See ``docs/design/stores.md`` for the laws.
 
@@ -132,6 +147,13 @@ class Store(Protocol):
         """Several ranges of several objects, in the order asked for. Made for many small ones.
 
         The first failure is raised; nothing is left running.
+        """
+
+    async def content(self, key: str) -> Content:
+        """Read one object back, whole, and hash it where it is read: in bounded memory, whatever its size.
+
+        Never answered from what the store says of itself: not an ETag, not a checksum it keeps.
+        Raises ``NotFound``.
         """
 
     async def head(self, key: str) -> ObjectInfo:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,8 +12,6 @@ from millrace.core.ports import Bytes, Clock, Store
 
 __all__ = ["Blob", "Distributor", "hash_object", "put_verified"]
 
-READ_BACK_BYTES = 8_000_000
-"""Reading back goes by ranges of this size: memory is bounded by it, not by the object."""
 _WRITE_ATTEMPTS = 3
 _DOWN_S = 30.0
 """How long a store that failed for good is left alone before it is tried again."""
@@ -34,33 +31,20 @@ class Blob:
 
 
 async def hash_object(store: Store, key: str, size_bytes: int) -> Digest:
-    """Read an object from ``store`` by ranges and hash it; one range is fetched while another is hashed.
+    """The SHA-256 of an object as it is read back from ``store``.
 
     Raises:
         Corrupt: it is shorter or longer than ``size_bytes``.
         StoreError: it can't be read.
     """
-    digest = hashlib.sha256()
-    position = 0
-    fetch = asyncio.ensure_future(store.get_range(key, 0, READ_BACK_BYTES))
-    try:
-        while True:
-            data = await fetch
-            position += len(data)
-            if len(data) < READ_BACK_BYTES:
-                await asyncio.to_thread(digest.update, data)
-                break
-            fetch = asyncio.ensure_future(store.get_range(key, position, READ_BACK_BYTES))
-            await asyncio.to_thread(digest.update, data)
-    finally:
-        if not fetch.done():
-            fetch.cancel()
-            await asyncio.gather(fetch, return_exceptions=True)
-    if position != size_bytes:
+    found = await store.content(key)
+    if found.size_bytes != size_bytes:
         raise Corrupt(
-            f"{key} in {store.url} has {position} bytes where {size_bytes} were written", store=store.url, key=key
+            f"{key} in {store.url} has {found.size_bytes} bytes where {size_bytes} were written",
+            store=store.url,
+            key=key,
         )
-    return Digest(digest.hexdigest())
+    return found.digest
 
 
 async def put_verified(store: Store, blob: Blob) -> None:

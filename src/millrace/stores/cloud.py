@@ -11,12 +11,13 @@ from typing import Any
 from uuid import uuid4
 
 from millrace.core.errors import PreconditionFailed, StoreError, Unavailable, Unsupported
-from millrace.core.ports import Bytes, Capabilities, ObjectInfo, RangeRequest
+from millrace.core.ports import Bytes, Capabilities, Content, ObjectInfo, RangeRequest
 from millrace.stores.buffers import fresh_buffer
 from millrace.stores.cloud_client import Client, build_client, parse_cloud_url
 from millrace.stores.cloud_errors import OBSTORE_ERRORS, cloud_error, status_of
 from millrace.stores.coalesce import Span, coalesce
 from millrace.stores.gather import gather_bounded
+from millrace.stores.hashing import hash_by_ranges
 from millrace.stores.keys import PutMode, check_key, check_prefix, check_put, check_range, flat_pieces
 from millrace.stores.probe import PROBE_PREFIX, probe
 
@@ -177,6 +178,10 @@ class CloudStore:
 
         await gather_bounded([functools.partial(read, span) for span in spans], _READS_AT_ONCE)
         return [results[index] for index in range(len(requests))]
+
+    async def content(self, key: str) -> Content:
+        """See :class:`millrace.core.ports.Store`."""
+        return await hash_by_ranges(self, key)
 
     async def head(self, key: str) -> ObjectInfo:
         """See :class:`millrace.core.ports.Store`."""

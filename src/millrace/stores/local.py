@@ -10,7 +10,7 @@ from typing import TypeVar
 from urllib.parse import quote
 
 from millrace.core.errors import NotFound, ReadOnly, StoreError
-from millrace.core.ports import Bytes, Capabilities, ObjectInfo, RangeRequest
+from millrace.core.ports import Bytes, Capabilities, Content, ObjectInfo, RangeRequest
 from millrace.stores.disk import Disk
 from millrace.stores.keys import PutMode, check_key, check_prefix, check_put, check_range
 from millrace.stores.threads import Stop, WorkerThreads
@@ -116,6 +116,11 @@ class LocalStore:
         if not requests:
             return []
         return await self._run(requests[0].key, lambda stop: self._disk.read_many(requests, stop))
+
+    async def content(self, key: str) -> Content:
+        """See :class:`millrace.core.ports.Store`."""
+        self._check_mine(check_key(key, self._name))
+        return await self._run(key, lambda stop: self._disk.content(key, stop))
 
     async def head(self, key: str) -> ObjectInfo:
         """See :class:`millrace.core.ports.Store`."""

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from millrace.core.errors import AlreadyExists, NotFound, PreconditionFailed, StoreError
-from millrace.core.ports import Bytes, Capabilities, ObjectInfo, RangeRequest
+from millrace.core.model import digest_of
+from millrace.core.ports import Bytes, Capabilities, Content, ObjectInfo, RangeRequest
 from millrace.stores.keys import PutMode, check_key, check_prefix, check_put, check_range, flat_pieces
 
 __all__ = ["MemoryContents", "MemoryRegistry", "MemoryStore"]
@@ -109,6 +110,12 @@ class MemoryStore:
         """See :class:`millrace.core.ports.Store`."""
         await self._turn("")
         return [self._read(request) for request in requests]
+
+    async def content(self, key: str) -> Content:
+        """See :class:`millrace.core.ports.Store`."""
+        await self._turn(key)
+        value = self._find(key)[0]
+        return Content(digest_of(value), len(value))
 
     async def head(self, key: str) -> ObjectInfo:
         """See :class:`millrace.core.ports.Store`."""

@@ -133,7 +133,8 @@ def survey_partition(source: Readable, index: int) -> tuple[int, KeyBatch]:
     if not 0 <= index < reader.num_record_batches:
         raise Corrupt(f"this survey has {reader.num_record_batches} partitions and no number {index}")
     batch = reader.get_batch(index)
-    high, low, ordinals = (column.to_numpy() for column in batch.columns)
+    # Copies: views would keep the bytes of every whole survey alive while one partition of each is held.
+    high, low, ordinals = (column.to_numpy().copy() for column in batch.columns)
     return int(metadata[b"chunk"]), KeyBatch(high, low, ordinals)
 
 
@@ -192,7 +193,7 @@ def decode_losers(source: Readable, chunk: int) -> npt.NDArray[np.int64]:
     chunks = [int(c) for c in metadata[b"chunks"].split(b",") if c]
     if chunk not in chunks:
         return np.empty(0, np.int64)
-    found: npt.NDArray[np.int64] = reader.get_batch(chunks.index(chunk)).column(0).to_numpy()
+    found: npt.NDArray[np.int64] = reader.get_batch(chunks.index(chunk)).column(0).to_numpy().copy()
     return found
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from millrace.core.errors import NoSpace, Unavailable
-from millrace.core.ports import Bytes, ObjectInfo, RangeRequest, Store
+from millrace.core.model import digest_of
+from millrace.core.ports import Bytes, Content, ObjectInfo, RangeRequest, Store
 from millrace.stores.keys import PutMode
 from millrace.stores.layers.layer import Layer, Op
 
@@ -118,6 +119,16 @@ class Fault(Layer):
     async def read_many(self, requests: Sequence[RangeRequest]) -> list[memoryview]:
         """See :class:`millrace.core.ports.Store`."""
         return [self._spoil("read_many", view) for view in await super().read_many(requests)]
+
+    async def content(self, key: str) -> Content:
+        """See :class:`millrace.core.ports.Store`."""
+        true = await super().content(key)
+        rates = self._rates("content")
+        if self._rng.random() < rates.truncate:
+            return Content(digest_of(b"cut short"), self._rng.randrange(true.size_bytes + 1) // 2)
+        if self._rng.random() < rates.corrupt:
+            return Content(digest_of(b"a flipped bit"), true.size_bytes)
+        return true
 
     def _rates(self, op_name: str) -> FaultRates:
         return self._plan.per_op.get(op_name, self._plan.rates)

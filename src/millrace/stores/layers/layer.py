@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from millrace.core.ports import Bytes, Capabilities, ObjectInfo, RangeRequest, Store
+from millrace.core.ports import Bytes, Capabilities, Content, ObjectInfo, RangeRequest, Store
 from millrace.stores.keys import PutMode
 
 __all__ = ["Layer", "Op", "close_pages"]
@@ -79,6 +79,10 @@ class Layer:
         lengths = [request.length for request in requests]
         op = Op("read_many", "", sum(length or 0 for length in lengths), lengths.count(None))
         return await self.around(op, lambda: self._inner.read_many(requests))
+
+    async def content(self, key: str) -> Content:
+        """See :class:`millrace.core.ports.Store`."""
+        return await self.around(Op("content", key, open_reads=1), lambda: self._inner.content(key))
 
     async def head(self, key: str) -> ObjectInfo:
         """See :class:`millrace.core.ports.Store`."""

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from millrace.core.errors import MillraceError
-from millrace.core.ports import Store
+from millrace.core.ports import Content, Store
 from millrace.stores.layers.layer import Layer, Op
 from millrace.telemetry.metrics import StoreMetrics
 
@@ -16,7 +16,7 @@ __all__ = ["Metrics"]
 
 T = TypeVar("T")
 
-_READS = frozenset({"get", "get_range", "read_many"})
+_READS = frozenset({"get", "get_range", "read_many", "content"})
 
 
 class Metrics(Layer):
@@ -61,6 +61,8 @@ class Metrics(Layer):
 
 
 def _bytes_in(result: object) -> int:
+    if isinstance(result, Content):
+        return result.size_bytes
     if isinstance(result, memoryview):
         return result.nbytes
     if isinstance(result, list):
