@@ -463,6 +463,13 @@ class Collecting(RuleBasedStateMachine):
         else:
             assert what is mark or not self.living
 
+    @precondition(lambda self: not self.living)
+    @rule()
+    def gc_in_earnest(self) -> None:
+        """Whatever isn't named by now goes."""
+        for _ in range(2):
+            self.do(call(collect, self.scene, grace_ms=0))
+
     @invariant()
     def nothing_named_is_ever_deleted(self) -> None:
         if hasattr(self, "scene"):

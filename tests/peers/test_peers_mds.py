@@ -77,7 +77,7 @@ def exported(directory: Path, n: int = 300) -> pa.Table:
             "more": [{"a": i, "b": None} for i in range(n)],
         }
     )
-    exporter = open_exporter("mds", directory, table.schema, shard_bytes=20_000)
+    exporter = open_exporter("mds", directory, table.schema, shard_bytes=8_000)
     for batch in table.to_batches(max_chunksize=64):
         exporter.write(batch)
     assert len(exporter.close()) > 3
@@ -103,7 +103,7 @@ def test_local_dataset_reads_what_is_exported(streaming: Any, tmp_path: Path) ->
 
 
 def test_streaming_dataset_reads_what_is_exported(streaming: Any, tmp_path: Path) -> None:
-    table = exported(tmp_path / "out", 50)
+    table = exported(tmp_path / "out", 100)
     streaming.base.util.clean_stale_shared_memory()
     found = streaming.StreamingDataset(local=str(tmp_path / "out"), shuffle=False, batch_size=1)
     for sample, row in zip(found, table.to_pylist(), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from millrace.pipeline.formats.webdataset import WEBDATASET
 from millrace.pipeline.records import ReadContext
 
 wds = pytest.importorskip("webdataset")
+# The library leaves closing its files to the garbage collector; they are collected here, where it is forgiven.
+pytestmark = pytest.mark.filterwarnings("ignore")
 SOURCE = Source(url="file://./x", format="webdataset")
 
 
@@ -36,6 +39,12 @@ class Folder:
     def read_whole(self, objects: Sequence[SourceObject]) -> Iterator[tuple[int, memoryview]]:
         for i, obj in enumerate(objects):
             yield i, self.read(obj)
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    yield
+    gc.collect()
 
 
 def read_back(directory: Path) -> list[dict[str, Any]]:

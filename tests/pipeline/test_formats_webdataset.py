@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from millrace.core.errors import SourceChanged, SourceError
 from millrace.core.model import Chunk, Quarantined, SourceObject
 from millrace.core.spec import Source
+from millrace.pipeline.formats.tarheader import file_header, ordinary_file
 from millrace.pipeline.formats.webdataset import WEBDATASET, split_name
 from millrace.pipeline.records import ReadContext, Records
 
@@ -285,3 +286,20 @@ def test_broken_headers_never_raise_anything_else() -> None:
         except SourceError as err:
             if "broken.tar" not in str(err):
                 raise AssertionError(str(err)) from err
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=120), st.integers(0, 8**12))
+@settings(max_examples=100, deadline=None)
+def test_the_short_way_writes_and_reads_the_headers_of_tarfile(name: str, size: int) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    expected = info.tobuf(tarfile.GNU_FORMAT, "utf-8", "strict")
+    assert file_header(name, size) == expected
+    parsed = ordinary_file(expected[-512:])
+    if len(name.encode()) <= 100 and size < 8**11 and not name.endswith("/"):
+        assert parsed == (name, size)
+    elif len(name.encode()) <= 100:
+        assert parsed is None
+    broken = bytearray(expected)
+    broken[-1] ^= 1
+    assert ordinary_file(bytes(broken[-512:])) is None

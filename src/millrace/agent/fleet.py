@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import multiprocessing
-from collections.abc import Sequence
+import signal
+from collections.abc import AsyncIterator, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -33,7 +35,7 @@ class InlineFleet:
 
     def __init__(self, runner: TaskRunner) -> None:
         self._runner = runner
-        self._events: asyncio.Queue[NodeEvent] = asyncio.Queue()
+        self._events = _Events()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def enter(self, inputs: PhaseInputs) -> None:
@@ -48,7 +50,7 @@ class InlineFleet:
 
     async def events(self) -> Sequence[NodeEvent]:
         """See the port."""
-        return await _drain(self._events)
+        return await self._events.drain()
 
     async def aclose(self) -> None:
         """See the port."""
@@ -57,7 +59,8 @@ class InlineFleet:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _work(self, grant: Grant) -> None:
-        self._events.put_nowait(await self._runner.run(grant))
+        async with self._events.surfacing():
+            self._events.put(await self._runner.run(grant))
 
 
 class ProcessFleet:
@@ -75,7 +78,7 @@ class ProcessFleet:
     def __init__(self, node: str, slots: int, setup: WorkerSetup) -> None:
         self._node = node
         self._setup = setup
-        self._events: asyncio.Queue[NodeEvent] = asyncio.Queue()
+        self._events = _Events()
         self._workers = [_Worker(f"{node}-{i}", setup) for i in range(slots)]
         self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
         self._inputs: PhaseInputs | None = None
@@ -99,7 +102,7 @@ class ProcessFleet:
 
     async def events(self) -> Sequence[NodeEvent]:
         """See the port."""
-        return await _drain(self._events)
+        return await self._events.drain()
 
     async def aclose(self) -> None:
         """See the port."""
@@ -111,16 +114,48 @@ class ProcessFleet:
     async def _work(self, grant: Grant) -> None:
         worker = await self._idle.get()
         try:
-            self._events.put_nowait(await worker.work(grant, self._inputs))
+            async with self._events.surfacing():
+                self._events.put(await worker.work(grant, self._inputs))
         finally:
             self._idle.put_nowait(worker)
 
 
-async def _drain(events: asyncio.Queue[NodeEvent]) -> Sequence[NodeEvent]:
-    found = [await events.get()]
-    while not events.empty():
-        found.append(events.get_nowait())
-    return found
+class _Events:
+    """Answers on their way to whoever waits for them; an error of the fleet's own comes out there too."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[NodeEvent | Exception] = asyncio.Queue()
+
+    def put(self, event: NodeEvent) -> None:
+        self._queue.put_nowait(event)
+
+    @contextlib.asynccontextmanager
+    async def surfacing(self) -> AsyncIterator[None]:
+        """A task that ends without an answer would be waited for without end."""
+        try:
+            yield
+        except Exception as error:
+            self._queue.put_nowait(error)
+
+    async def drain(self) -> Sequence[NodeEvent]:
+        found = [await self._queue.get()]
+        while not self._queue.empty():
+            found.append(self._queue.get_nowait())
+        for event in found:
+            if isinstance(event, Exception):
+                raise event
+        return [event for event in found if not isinstance(event, Exception)]
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """A process started in this block isn't hit by a Ctrl-C before it could say that it ignores it."""
+    resource_tracker.ensure_running()  # starting it in the block would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Worker:
@@ -142,7 +177,8 @@ class _Worker:
         self._process = context.Process(
             target=worker_main, args=(theirs, self._setup), name=f"millrace-{self._name}", daemon=True
         )
-        self._process.start()
+        with _without_interrupts():
+            self._process.start()
         theirs.close()
         self._pipe = ours
         self._entered = None
@@ -239,7 +275,10 @@ class _Worker:
             with contextlib.suppress(ValueError):
                 code = process.exitcode
         await self.stop()
-        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
+        if code is None:
+            how = "gave no answer"
+        else:
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         if self._user_code.what:
             sentence = f"{self._user_code.what} took its worker process down on {_task(grant)}: the process {how}"
             return Failure("TransformError", sentence, True, "work")

@@ -36,8 +36,10 @@ class Stopwatch:
             self._push(stage)
             try:
                 item = next(iterator, _END)
-            finally:
-                self._pop()
+            except BaseException:
+                self._pop(failed=True)
+                raise
+            self._pop()
             if item is _END:
                 return
             yield item  # type: ignore[misc]
@@ -67,11 +69,12 @@ class Stopwatch:
         self.current = stage
         self._since = now
 
-    def _pop(self) -> None:
+    def _pop(self, *, failed: bool = False) -> None:
         now = self._now()
         self.add(self._stack.pop(), seconds=now - self._since)
         self._since = now
-        if self._stack:
+        # An error passes through the outer stages on its way up; it belongs to the one it began in.
+        if self._stack and not failed:
             self.current = self._stack[-1]
 
 

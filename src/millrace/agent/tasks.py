@@ -21,7 +21,7 @@ from millrace.agent.threaded import in_thread
 from millrace.core.errors import MillraceError, StoreError
 from millrace.core.keys import task_output
 from millrace.core.messages import Failure, Grant, PhaseInputs, TaskDone, TaskFacts, TaskFailed, TaskId
-from millrace.core.model import Chunk, ChunkOutput, Digest, Quarantined, Receipt, Shard, shard_key
+from millrace.core.model import Chunk, ChunkOutput, Digest, Quarantined, Receipt, Shard, digest_of, shard_key
 from millrace.core.pages import encode_page, meta_parts
 from millrace.core.ports import Clock, Store
 from millrace.core.spec import Pipeline
@@ -44,6 +44,7 @@ from millrace.pipeline.process import (
     resolve,
     survey_partition,
 )
+from millrace.pipeline.process.plain import plain_schema
 from millrace.pipeline.reads import StoreReads
 from millrace.pipeline.records import ReadContext, Records
 
@@ -56,6 +57,7 @@ T = TypeVar("T")
 
 _QUARANTINE_KEPT = 1000
 """Bad records of one chunk that are named; all of them are counted."""
+_SCHEMA_BYTES = 200
 _READ_AHEAD = 16
 """Task outputs fetched at once when they are read in order."""
 
@@ -102,6 +104,7 @@ class _Work:
     rows_in: int = 0
     rows_out: int = 0
     bad: list[Quarantined] = field(default_factory=list)
+    failed_in: str = ""
 
     def reject(self, record: Quarantined) -> None:
         """A bad record, from ingest or process."""
@@ -203,7 +206,7 @@ class TaskRunner:
         )
         return TaskFacts(
             output=await self._save(work.task, encode_chunk_output(output)),
-            schema=", ".join(str(f) for f in schema[0]) if schema else "",
+            schema=_named(schema[0]) if schema else "",
             rows_in=output.rows_in,
             rows_out=work.rows_out,
             bytes_in=chunk.size_bytes,
@@ -307,7 +310,7 @@ class TaskRunner:
             batches = work.stopwatch.wrap("process", chain.run(records, context))
         for batch in batches:
             if not schema:
-                schema.append(batch.schema.remove_metadata())
+                schema.append(plain_schema(batch.schema))
             work.rows_out += batch.num_rows
             if chain is not None:
                 work.stopwatch.add("process", rows=batch.num_rows, size_bytes=batch.nbytes)
@@ -315,11 +318,14 @@ class TaskRunner:
 
     async def _distribute(self, packed: PackedShard, work: _Work) -> tuple[Receipt, ...]:
         started = self._context.clock.monotonic_s()
-        work.stopwatch.current = "distribute"
         shard = packed.shard
-        receipts = await self._distributor.distribute(
-            Blob(shard.digest, shard_key(shard.digest), shard.size_bytes, packed.pieces)
-        )
+        try:
+            receipts = await self._distributor.distribute(
+                Blob(shard.digest, shard_key(shard.digest), shard.size_bytes, packed.pieces)
+            )
+        except MillraceError:
+            work.failed_in = "distribute"  # the thread is at another stage of the next shard already
+            raise
         work.stopwatch.add(
             "distribute",
             seconds=self._context.clock.monotonic_s() - started,
@@ -392,10 +398,19 @@ class TaskRunner:
     def _sentence(self, what: str, work: _Work) -> str:
         """An error, with all that is known of where it happened."""
         context = self._context
-        stage = work.stopwatch.current or work.task.phase
+        stage = work.failed_in or work.stopwatch.current or work.task.phase
         if work.task.phase.startswith(("main", "survey")):
             chunk = context.plan.chunk(work.task.index)
             where = f"chunk {chunk.index} ({chunk.describe()})"
         else:
             where = f"{work.task.phase} task {work.task.index}"
         return f"{stage} failed on {where} of run {context.run} at node {context.node}: {what}"
+
+
+def _named(schema: pa.Schema) -> str:
+    """The schema in words; of a wide one the beginning and a digest, since it stands in the ledger once a chunk."""
+    words = ", ".join(str(f) for f in schema)
+    if len(words.encode()) <= _SCHEMA_BYTES:
+        return words
+    beginning = words.encode()[: _SCHEMA_BYTES // 2].decode(errors="ignore")
+    return f"{beginning}... ({len(schema)} columns, {digest_of(words.encode())[:16]})"

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import queue
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -53,6 +55,8 @@ def worker_main(pipe: Connection, setup: WorkerSetup) -> None:
     """The process's main function."""
     # Ctrl-C goes to the whole process group; the parent decides what becomes of the work.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    _die_with_parent()
     inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
     watch = _Watch(pipe)
     threading.Thread(target=_listen, args=(pipe, inbox), daemon=True).start()
@@ -72,6 +76,13 @@ async def _serve(runner: TaskRunner, inbox: queue.SimpleQueue[object], watch: _W
                 runner.enter(message)
             case Grant():
                 watch.say(await runner.run(message))
+
+
+def _die_with_parent() -> None:
+    """Have the kernel do it, where it can: user code that holds the interpreter lock stops the thread that listens."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # prctl(2)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL))
 
 
 def _listen(pipe: Connection, inbox: queue.SimpleQueue[object]) -> None:

@@ -318,7 +318,7 @@ class _Pass:
         while found := await self._coord.list("replicas/", after=after, limit=1):
             digest = found[0].key.split("/")[1]
             after = f"replicas/{digest}0"  # "0" follows "/": past all pages of this manifest
-            if False:
+            if digest not in named.manifests:
                 keys = [entry.key async for entry in entries(self._coord, f"replicas/{digest}/", page=8)]
                 await self._delete_keys(keys)
                 deleted += len(keys)

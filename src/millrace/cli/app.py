@@ -7,11 +7,9 @@ Errors go to stderr as sentences that name the thing and the way out; with ``--j
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-import click
 import typer
 
 from millrace.cli.output import Output
@@ -53,16 +51,4 @@ def main() -> None:
     import millrace.cli.init
     import millrace.cli.runs  # noqa: F401
 
-    try:
-        app(standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        sys.exit(INTERRUPTED)
-    except BrokenPipeError:
-        # Whoever read our output has gone (``millrace runs | head``): not an error of ours.
-        sys.stderr.close()
-        sys.exit(0)
+    app()

@@ -10,10 +10,10 @@ import os
 import shutil
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 from urllib.parse import quote
 
 import typer
@@ -123,19 +123,23 @@ class Demo:
         corpus: The folder whose Python files are the source.
         output: Where words go.
         workers: Tasks at once.
+        check: What verifies and repairs: ``catalog.verify``, or a test's idea of a broken one.
 
     Attributes:
         claims: What was said so far, and whether it held.
         digest: Of the version that was made; empty before.
     """
 
-    def __init__(self, folder: Path, corpus: Path, output: Output, workers: int) -> None:
+    def __init__(
+        self, folder: Path, corpus: Path, output: Output, workers: int, *, check: Callable[..., Any] = verify
+    ) -> None:
         self.claims: list[Claim] = []
         self.digest = ""
         self._folder = folder
         self._corpus = corpus
         self._output = output
         self._workers = workers
+        self._check = check
         self._step = 0
 
     async def play(self) -> None:
@@ -232,7 +236,7 @@ class Demo:
                 def told(progress: VerifyProgress) -> None:
                     bar(progress.bytes_done, progress.bytes_total)
 
-                report = await verify(
+                report: VerifyReport = await self._check(
                     world.coord,
                     world.stores,
                     world.sites,

@@ -15,8 +15,11 @@ from millrace.core.ports import Coordination, Lease, Write
 
 __all__ = ["PAGE_TASKS", "Done", "Ledger", "decode_facts", "encode_facts"]
 
-PAGE_TASKS: Final = 64
-"""Tasks on a page: a page stays under 64 KB, and half a million chunks are 8,000 keys."""
+PAGE_TASKS: Final = 32
+"""Tasks on a page: a page stays under 64 KB, and half a million chunks are 16,000 keys."""
+_SENTENCE_BYTES: Final = 300
+_NOTES_BYTES: Final = 500
+"""What sentences may take of an entry, as JSON. They are for people; what is longer stands in logs and reports."""
 _NOTHING: Final = bytes(32)
 _WRITES_AT_ONCE: Final = 50
 
@@ -32,6 +35,10 @@ class Done:
 def encode_facts(facts: TaskFacts) -> dict[str, Any]:
     """JSON-safe; what is empty or zero is left out, and so are the pages, which go elsewhere."""
     raw = {k: v for k, v in asdict(facts).items() if v and k not in {"stages", "pages", "meta_pages"}}
+    if facts.first_quarantined:
+        raw["first_quarantined"] = _clipped(facts.first_quarantined, _SENTENCE_BYTES)
+    if facts.notes:
+        raw["notes"] = _few(facts.notes)
     if facts.stages:
         raw["stages"] = [[s.stage, round(s.seconds, 6), s.rows, s.bytes] for s in facts.stages]
     return raw
@@ -83,7 +90,7 @@ class Ledger:
 
     def set_aside(self, task: TaskId, failure: Failure) -> None:
         """Note a quarantined chunk; ``commit`` makes it durable."""
-        self._put(task, {"failure": asdict(failure)})
+        self._put(task, {"failure": {**asdict(failure), "message": _clipped(failure.message, 2 * _SENTENCE_BYTES)}})
 
     async def commit(self) -> None:
         """Write the pages that changed.
@@ -136,6 +143,28 @@ class Ledger:
     def _packed(self, phase: Phase) -> bytes:
         digests = {index: facts.output for index, facts in self.facts(phase)}
         return b"".join(bytes.fromhex(digests[i]) if i in digests else _NOTHING for i in range(phase.tasks))
+
+
+def _few(notes: Sequence[str]) -> list[str]:
+    """The first notes, as many as there is room for."""
+    kept: list[str] = []
+    room = _NOTES_BYTES
+    for note in notes:
+        kept.append(_clipped(note, min(room, _SENTENCE_BYTES)))
+        room -= len(json.dumps(kept[-1]))
+        if room < _SENTENCE_BYTES // 2:
+            break
+    return kept
+
+
+def _clipped(sentence: str, json_bytes: int) -> str:
+    """``sentence``, cut so that it takes at most so many bytes as JSON."""
+    if len(json.dumps(sentence)) <= json_bytes:
+        return sentence
+    kept = sentence[:json_bytes]
+    while len(json.dumps(kept)) > json_bytes - 3:
+        kept = kept[: len(kept) * 3 // 4]
+    return f"{kept}..."
 
 
 def _page(key: str, value: bytes) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from millrace.control.loop import LEASE_TTL_MS
 from millrace.control.versions import keep_gc_out
-from millrace.core.errors import Conflict, LeaseHeld, UsageError
+from millrace.core.errors import Conflict, CoordError, LeaseHeld, UsageError
 from millrace.core.facts import Lineage, RunProgress, RunRecord, decode, encode
 from millrace.core.keys import (
     RUN_COUNTER,
@@ -99,35 +99,51 @@ async def begin_run(
     """
     now_ms = clock.now_ms()
     dataset_held = await _take(coord, dataset_lease(dataset), holder, now_ms, is_alive, dataset)
+    lease: Lease | None = None
+    try:
+        record, resumed = await _continued(coord, dataset, identity, dataset_held, now_ms=now_ms, fresh=fresh)
+        if record is None:
+            record = RunRecord(
+                run=await _next_id(coord),
+                dataset=dataset,
+                state="running",
+                identity=identity,
+                pipeline_file=pipeline_file,
+                created_at_ms=now_ms,
+                phases=tuple((p.kind, p.barrier, p.tasks) for p in phases),
+                lineage=lineage,
+                placement=placement,
+            )
+        lease = await _take(coord, run_lease(record.run), holder, now_ms, is_alive, dataset)
+        writes = [
+            Write(run_record(record.run), encode(record)),
+            Write(run_control(record.run), Control.RUN.encode()),
+        ]
+        await coord.commit(writes, guard=lease)
+        await keep_gc_out(coord, record.run, now_ms=clock.now_ms())
+    except CoordError:
+        # Whoever comes next would wait for this process, which has nothing to do with the dataset any more.
+        for held in (lease, dataset_held):
+            if held is not None:
+                await coord.release(held)
+        raise
+    return Begun(record, lease, dataset_held, resumed=resumed)
+
+
+async def _continued(
+    coord: Coordination, dataset: str, identity: str, guard: Lease, *, now_ms: int, fresh: bool
+) -> tuple[RunRecord | None, bool]:
+    """The record of the unfinished run to take up, if there is one; every other unfinished run is superseded."""
     earlier = await _unfinished(coord, dataset)
     same = [r for r in earlier if r.identity == identity and not fresh]
-    record = same[-1] if same else None
     for other in earlier:
-        if other is not record:
+        if not same or other is not same[-1]:
             gone = other.model_copy(update={"state": "superseded", "ended_at_ms": now_ms})
-            await coord.commit([Write(run_record(other.run), encode(gone))], guard=dataset_held)
-    if record is not None:
-        record = record.model_copy(update={"state": "running", "ended_at_ms": None, "report": None, "exit_code": None})
-    else:
-        record = RunRecord(
-            run=await _next_id(coord),
-            dataset=dataset,
-            state="running",
-            identity=identity,
-            pipeline_file=pipeline_file,
-            created_at_ms=now_ms,
-            phases=tuple((p.kind, p.barrier, p.tasks) for p in phases),
-            lineage=lineage,
-            placement=placement,
-        )
-    lease = await _take(coord, run_lease(record.run), holder, now_ms, is_alive, dataset)
-    writes = [
-        Write(run_record(record.run), encode(record)),
-        Write(run_control(record.run), Control.RUN.encode()),
-    ]
-    await coord.commit(writes, guard=lease)
-    await keep_gc_out(coord, record.run, now_ms=clock.now_ms())
-    return Begun(record, lease, dataset_held, resumed=bool(same))
+            await coord.commit([Write(run_record(other.run), encode(gone))], guard=guard)
+    if not same:
+        return None, False
+    again = {"state": "running", "ended_at_ms": None, "report": None, "exit_code": None}
+    return same[-1].model_copy(update=again), True
 
 
 async def end_run(coord: Coordination, begun: Begun, record: RunRecord) -> None:

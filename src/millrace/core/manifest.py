@@ -140,6 +140,8 @@ def decode_segment(data: memoryview | bytes) -> Segment:
         Corrupt: it isn't one.
     """
     batch = _from_ipc(data, _SEGMENT)
+    if len(batch) > SEGMENT_SHARDS:
+        raise Corrupt(f"a manifest's segment has {len(batch)} shards, more than {SEGMENT_SHARDS}")
     return Segment(
         _digests(batch.column(0)),
         batch.column(1).to_numpy(),
@@ -197,7 +199,7 @@ def decode_root(data: memoryview | bytes) -> Manifest:
             bytes=int(root["bytes"]),
             shards=int(root["shards"]),
         )
-    except (ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, OSError, pa.ArrowException) as error:
         raise Corrupt(f"this is not a manifest: {error}") from error
 
 
@@ -213,11 +215,17 @@ def _from_ipc(data: memoryview | bytes, schema: pa.Schema) -> pa.RecordBatch:
         reader = pa.ipc.open_file(pa.py_buffer(data))
         if reader.schema != schema or reader.num_record_batches != 1:
             raise Corrupt("a manifest's segment has another layout than this Millrace reads: upgrade it")
-        return reader.get_batch(0)
-    except pa.ArrowInvalid as error:
+        batch = reader.get_batch(0)
+        batch.validate(full=True)
+    except (ValueError, OSError, pa.ArrowException) as error:
         raise Corrupt(f"this is not a manifest's segment: {error}") from error
+    if any(column.null_count for column in batch.columns):
+        raise Corrupt("this is not a manifest's segment: it has nulls")
+    return batch
 
 
 def _digests(column: pa.Array) -> npt.NDArray[np.uint8]:
+    if len(column) == 0:
+        return np.empty((0, 32), dtype=np.uint8)
     data = np.frombuffer(column.buffers()[1], dtype=np.uint8)
     return data[column.offset * 32 : (column.offset + len(column)) * 32].reshape(-1, 32)

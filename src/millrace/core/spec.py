@@ -26,6 +26,7 @@ from millrace.core.units import parse_duration_s, parse_share, parse_size
 
 __all__ = [
     "FORMATS",
+    "AtField",
     "Cloud",
     "Dedup",
     "FormatName",
@@ -42,6 +43,7 @@ __all__ = [
     "Transform",
     "Validate",
     "World",
+    "transform_kinds",
 ]
 
 FormatName = Literal["text", "lines", "jsonl", "csv", "parquet", "arrow", "webdataset", "mds", "files"]
@@ -54,10 +56,24 @@ _SECRET_KEYS: Final = re.compile(
 _KEEP_SECRETS_OUT: Final = "keep secrets in the environment or the cloud's credential chain"
 
 
-def _name(value: str) -> str:
+class AtField(ValueError):
+    """A value that is wrong together with others, and where in the model that was validated it stands.
+
+    Attributes:
+        path: Keys and indexes from that model down; the error points there.
+    """
+
+    def __init__(self, message: str, *path: str | int) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+def _name(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not text and so not a name; put it in quotes if it is meant to be one")
     if not _NAME.fullmatch(value):
         raise ValueError(
-            f"{value!r} is not a name; use 1 to 63 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
+            f"{value[:80]!r} is not a name; use 1 to 63 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
         )
     return value
 
@@ -68,8 +84,10 @@ def _scalar_schema(example: str) -> WithJsonSchema:
 
 Name = Annotated[str, BeforeValidator(_name)]
 Size = Annotated[int, BeforeValidator(parse_size), _scalar_schema("64MB")]
-DurationS = Annotated[float, BeforeValidator(parse_duration_s), _scalar_schema("90s")]
+DurationS = Annotated[float, BeforeValidator(parse_duration_s), _scalar_schema("90s"), Field(gt=0)]
 Share = Annotated[float, BeforeValidator(parse_share), _scalar_schema("0.1%")]
+Count = Annotated[int, Field(strict=True)]
+"""A whole number, written as one: ``yes`` is not 1."""
 Columns = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
@@ -93,7 +111,7 @@ class StoreSpec(Model):
     """
 
     url: str
-    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    weight: Annotated[float, Field(gt=0, le=1000, strict=True)] = 1.0
     options: dict[str, str | int | float | bool] = Field(default_factory=dict)
 
     @field_validator("url")
@@ -119,6 +137,13 @@ def _checked_url(url: str) -> str:
     if parts.username or parts.password or _SECRET_KEYS.search(parts.query):
         raise ValueError(f"the URL carries credentials; {_KEEP_SECRETS_OUT}")
     return url
+
+
+def _one_spelling(url: str) -> str:
+    """``file://./a``, ``file://a`` and ``file://./a/`` are one place."""
+    scheme, _, rest = url.partition("://")
+    parts = [part for part in rest.split("/") if part not in {"", "."}]
+    return f"{scheme.lower()}://{'/' if rest.startswith('/') else ''}{'/'.join(parts)}"
 
 
 class Region(Model):
@@ -156,25 +181,29 @@ class World(Model):
     @model_validator(mode="after")
     def _consistent(self) -> World:
         seen: dict[str, str] = {}
+        urls: dict[str, str] = {}
         for cloud_name, cloud in self.clouds.items():
             for region_name, region in cloud.regions.items():
-                for store in region.stores:
+                for store, spec in region.stores.items():
                     place = f"{cloud_name}/{region_name}"
+                    path = ("clouds", cloud_name, "regions", region_name, "stores", store)
                     if store in seen:
-                        raise ValueError(f"store {store!r} is in {seen[store]} and in {place}; store names are unique")
+                        raise AtField(
+                            f"store {store!r} is in {seen[store]} and in {place}; store names are unique", *path
+                        )
                     seen[store] = place
+                    other = urls.setdefault(_one_spelling(spec.url), store)
+                    if other != store:
+                        raise AtField(
+                            f"stores {other!r} and {store!r} have the same url; that would be one copy, not two",
+                            *path,
+                            "url",
+                        )
         if not seen:
-            raise ValueError("there is no store in this world; add one under a region's 'stores'")
-        urls: dict[str, str] = {}
-        for name, spec in self.stores().items():
-            if spec.url in urls:
-                raise ValueError(
-                    f"stores {urls[spec.url]!r} and {name!r} have the same url; that would be one copy, not two"
-                )
-            urls[spec.url] = name
+            raise AtField("there is no store in this world; add one under a region's 'stores'", "clouds")
         sites = {f"{c}/{r}" for c, cloud in self.clouds.items() for r in cloud.regions}
         if self.here is not None and self.here not in sites:
-            raise ValueError(f"here: {self.here!r} is not a site of this world; there are {', '.join(sorted(sites))}")
+            raise AtField(f"{self.here!r} is not a site of this world; there are {', '.join(sorted(sites))}", "here")
         return self
 
     def stores(self) -> dict[str, StoreSpec]:
@@ -225,7 +254,7 @@ class Source(Model):
     @model_validator(mode="after")
     def _fits_format(self) -> Source:
         if self.columns is not None and self.format not in {"csv", "jsonl"}:
-            raise ValueError(f"'columns' is for csv and jsonl; {self.format} carries its own types")
+            raise AtField(f"'columns' is for csv and jsonl; {self.format} carries its own types", "columns")
         return self
 
 
@@ -284,9 +313,9 @@ class TokenizeRules(Model):
 
     column: str
     tokenizer: str
-    pack: Annotated[int, Field(ge=1, le=1_048_576)]
-    end: Annotated[int, Field(ge=0)] | None = None
-    pad: Annotated[int, Field(ge=0)] | None = None
+    pack: Annotated[Count, Field(ge=1, le=1_048_576)]
+    end: Annotated[Count, Field(ge=0)] | None = None
+    pad: Annotated[Count, Field(ge=0)] | None = None
     into: str = "tokens"
 
 
@@ -308,7 +337,12 @@ def _transform_kind(value: Any) -> str | None:
         keys = {field.alias or name for name, field in type(value).model_fields.items()}
     else:
         keys = set(value) if isinstance(value, dict) else set()
-    return next((kind for kind in ("sql", "python", "validate", "tokenize", "dedup") if kind in keys), None)
+    return next((kind for kind in transform_kinds() if kind in keys), None)
+
+
+def transform_kinds() -> tuple[str, ...]:
+    """The words that say which transform an entry of ``transforms`` is."""
+    return ("sql", "python", "validate", "tokenize", "dedup")
 
 
 Transform = Annotated[
@@ -335,7 +369,7 @@ class Shards(Model):
     """
 
     size: Annotated[Size, Field(ge=1024, le=2**31)] = 64_000_000
-    block_rows: Annotated[int, Field(ge=1, le=1_048_576)] = 1024
+    block_rows: Annotated[Count, Field(ge=1, le=1_048_576)] = 1024
     compression: Literal["none", "lz4", "zstd"] = "none"
 
 
@@ -349,15 +383,20 @@ class Placement(Model):
         deny: Jurisdictions it may not lie in, whatever ``allow`` says.
     """
 
-    replicas: Annotated[int, Field(ge=1, le=16)] = 3
-    min_clouds: Annotated[int, Field(ge=1, le=16)] = 2
+    replicas: Annotated[Count, Field(ge=1, le=16)] = 3
+    min_clouds: Annotated[Count, Field(ge=1, le=16)] = 2
     allow: tuple[Name, ...] | None = None
     deny: tuple[Name, ...] = ()
 
     @model_validator(mode="after")
     def _possible(self) -> Placement:
         if self.min_clouds > self.replicas:
-            raise ValueError(f"min_clouds is {self.min_clouds} but there are only {self.replicas} replicas to spread")
+            given = "min_clouds" if "min_clouds" in self.model_fields_set else "replicas"
+            raise AtField(
+                f"{self.min_clouds} clouds can't be reached with {self.replicas} "
+                f"replica{'' if self.replicas == 1 else 's'}; set replicas to at least min_clouds, or min_clouds lower",
+                given,
+            )
         return self
 
 
@@ -370,7 +409,7 @@ class Quarantine(Model):
     """
 
     limit: Share = 0.0
-    chunks: Annotated[int, Field(ge=0)] = 0
+    chunks: Annotated[Count, Field(ge=0)] = 0
 
 
 class Pipeline(Model):
@@ -391,18 +430,21 @@ class Pipeline(Model):
     quarantine: Quarantine = Quarantine()
     chunk: Annotated[Size, Field(ge=4096, le=2**33)] = 100_000_000
     max_record: Annotated[Size, Field(ge=1024, le=2**31 - 2**20)] = 64_000_000
-    attempts: Annotated[int, Field(ge=1, le=100)] = 3
+    attempts: Annotated[Count, Field(ge=1, le=100)] = 3
 
     @model_validator(mode="after")
     def _opaque_files(self) -> Pipeline:
-        opaque = [s for s in self.sources if s.format == "files"]
+        opaque = [i for i, s in enumerate(self.sources) if s.format == "files"]
         if opaque and len(opaque) != len(self.sources):
-            raise ValueError(
-                "'files' sources are opaque bytes and can't be mixed with sources of records in one dataset"
+            raise AtField(
+                "'files' sources are opaque bytes and can't be mixed with sources of records in one dataset",
+                "sources",
+                opaque[0],
+                "format",
             )
         if opaque and self.transforms:
-            raise ValueError("'files' sources are opaque bytes; transforms need records")
+            raise AtField("'files' sources are opaque bytes; transforms need records", "transforms")
         for i, transform in enumerate(self.transforms[:-1]):
             if isinstance(transform, Tokenize):
-                raise ValueError(f"transforms.{i}: tokenize must be the last transform")
+                raise AtField("tokenize must be the last transform", "transforms", i, "tokenize")
         return self

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from millrace.core.errors import SpecError
+from millrace.core.spec import AtField, transform_kinds
 
 __all__ = ["parse_spec"]
 
 M = TypeVar("M", bound=BaseModel)
 Path = tuple[str | int, ...]
+
+_BYTES_MAX: Final = 4_000_000
+_VALUES_MAX: Final = 100_000
+_DEPTH_MAX: Final = 50
 
 
 def parse_spec(model: type[M], text: str, *, file: str) -> M:
@@ -28,10 +33,16 @@ def parse_spec(model: type[M], text: str, *, file: str) -> M:
     Raises:
         SpecError: one line a problem, each ``file:line: field: what is wrong``.
     """
+    if len(text) > _BYTES_MAX:
+        raise SpecError(f"{file}: {len(text)} characters are more than a spec can need; is it the right file?")
     lines: dict[Path, int] = {}
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         data = _build(node, (), lines, file) if node is not None else None
+    except RecursionError as error:
+        raise SpecError(
+            f"{file}: values are nested too deeply; {_DEPTH_MAX} levels are the most there can be"
+        ) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{file}:{mark.line + 1}" if mark else file
@@ -50,13 +61,24 @@ def parse_spec(model: type[M], text: str, *, file: str) -> M:
 
 
 def _build(node: yaml.Node, path: Path, lines: dict[Path, int], file: str) -> Any:
-    """Plain data from YAML nodes, noting the line of each path and refusing duplicate keys."""
-    lines[path] = node.start_mark.line + 1
+    """Plain data from YAML nodes, noting the line of each path and refusing duplicate keys.
+
+    Aliases are followed, so what a few lines can stand for is bounded here.
+    """
+    line = node.start_mark.line + 1
+    if len(path) > _DEPTH_MAX or len(lines) > _VALUES_MAX:
+        what = (
+            f"values are nested more than {_DEPTH_MAX} deep" if len(path) > _DEPTH_MAX else "there are too many values"
+        )
+        raise SpecError(f"{file}:{line}: {_dotted(path[:3])}: {what}; an alias (*name) may repeat them")
+    lines[path] = line
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = str(key_node.value)
             line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise SpecError(f"{file}:{line}: {_dotted(path) or 'file'}: a key is a word, not a list or a mapping")
+            key = str(key_node.value)
             if key in result:
                 raise SpecError(f"{file}:{line}: {_dotted((*path, key))}: the key is given twice")
             result[key] = _build(value_node, (*path, key), lines, file)
@@ -64,29 +86,46 @@ def _build(node: yaml.Node, path: Path, lines: dict[Path, int], file: str) -> An
         return result
     if isinstance(node, yaml.SequenceNode):
         return [_build(item, (*path, i), lines, file) for i, item in enumerate(node.value)]
-    return yaml.SafeLoader("").construct_object(node)
+    try:
+        return yaml.SafeLoader("").construct_object(node)
+    except (ValueError, KeyError) as error:
+        raise SpecError(
+            f"{file}:{line}: {_dotted(path)}: {node.value[:80]!r} can't be read ({error}); put text in quotes"
+        ) from error
 
 
 def _sentence(error: ErrorDetails, lines: dict[Path, int], file: str, model: type[BaseModel]) -> str:
     path = _real_path(error["loc"], lines)
     message = error["msg"].removeprefix("Value error, ")
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, AtField):
+        path = (*path, *cause.path)
     if error["type"] == "extra_forbidden":
-        known = _known_keys(error["loc"], model)
-        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        message = "unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
+        message = _unknown(str(error["loc"][-1]), model)
     elif error["type"] == "missing":
         message = "is required"
     elif error["type"] not in {"value_error", "transform"}:
+        message = message.replace("valid tuple", "list").replace("valid dictionary", "mapping")
         message = f"{message[0].lower()}{message[1:]}, found {_what(error['input'])}"
     return f"{file}:{_line(path, lines)}: {_dotted(path) or 'file'}: {message}"
 
 
+def _unknown(key: str, model: type[BaseModel]) -> str:
+    known = _known_keys(model)
+    if key in known:
+        return "this key does not belong here"
+    close = difflib.get_close_matches(key, known, n=1)
+    return "unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
+
+
 def _real_path(loc: tuple[int | str, ...], lines: dict[Path, int]) -> Path:
-    """Drop the words pydantic adds for union branches, which are not in the file."""
+    """Drop the words pydantic adds for union branches and for keys, which are not in the file."""
     path: Path = ()
     for i, part in enumerate(loc):
-        is_missing_key = i == len(loc) - 1 and not str(part).startswith(("function-", "lax-or-strict", "[key]"))
-        if (*path, part) in lines or is_missing_key:
+        is_last = i == len(loc) - 1
+        if len(path) == 2 and path[0] == "transforms" and len(loc) > 3 and i == 2 and part in transform_kinds():
+            continue  # the branch of the union; the key of the same name comes after it
+        if (*path, part) in lines or (is_last and not str(part).startswith(("function-", "lax-or-strict", "[key]"))):
             path = (*path, part)
     return path
 
@@ -106,7 +145,7 @@ def _what(value: object) -> str:
     return names.get(type(value)) or repr(value)[:80]
 
 
-def _known_keys(loc: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
+def _known_keys(model: type[BaseModel]) -> list[str]:
     """Every key name any model reachable from ``model`` knows: enough to suggest a spelling."""
     seen: set[type[BaseModel]] = set()
     names: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Final
@@ -21,14 +22,19 @@ _SIZES: Final[Mapping[str, int]] = {
     "tib": 2**40,
 }
 _DURATIONS: Final[Mapping[str, float]] = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_NUMBER: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z%]*)\s*")
+_NUMBER: Final = re.compile(r"\s*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*([A-Za-z%]*)\s*")
+_FIGURES_MAX: Final = 64
 
 
 def _split(text: object, what: str, example: str) -> tuple[float, str]:
-    match = None if isinstance(text, bool) else _NUMBER.fullmatch(str(text))
+    is_scalar = isinstance(text, str | int | float) and not isinstance(text, bool)
+    match = _NUMBER.fullmatch(str(text)) if is_scalar and len(str(text)) <= _FIGURES_MAX else None
     if match is None:
-        raise ValueError(f"{text!r} is not {what}; write it like {example}")
-    return float(match[1]), match[2].lower()
+        raise ValueError(f"{repr(text)[:80]} is not {what}; write it like {example}")
+    number = float(match[1])
+    if number == math.inf:
+        raise ValueError(f"{text!r} is beyond all bounds; write it like {example}")
+    return number, match[2].lower()
 
 
 def parse_size(text: object) -> int:
@@ -71,17 +77,17 @@ def parse_share(text: object) -> float:
 
 
 def format_bytes(size_bytes: float) -> str:
-    """``1.5 GB``: decimal units, three figures."""
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if abs(size_bytes) < 999.5 or unit == "TB":
+    """``1.5 GB``: decimal units, three figures (more only beyond 999 EB)."""
+    for unit in ("B", "KB", "MB", "GB", "TB", "PB"):
+        if abs(size_bytes) < 999.5:
             return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.3g} {unit}"
         size_bytes /= 1000
-    raise AssertionError("unreachable")
+    return f"{size_bytes:.3g} EB" if abs(size_bytes) < 999.5 else f"{size_bytes:.0f} EB"
 
 
 def format_seconds(seconds: float) -> str:
     """``1.2s``, ``3m 05s``, ``2h 07m``."""
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f}s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

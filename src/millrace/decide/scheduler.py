@@ -187,7 +187,7 @@ class Totals:
 @dataclass(slots=True)
 class _Node:
     slots: int
-    held: set[TaskId] = field(default_factory=set)
+    held: dict[TaskId, Grant] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -270,12 +270,10 @@ def step(state: RunState, event: Event, now_s: float) -> tuple[RunState, list[Co
         return state, commands
     match event:
         case NodeJoined(node, slots):
+            _lose(state, node)  # one that is known joins again: its process is another, and what it held is gone
             state._nodes[node] = _Node(slots)
         case NodeLost(node):
-            lost = state._nodes.pop(node, None)
-            for task in sorted(lost.held, key=lambda t: t.index) if lost else ():
-                if task.phase == state.phase.name and state._status[task.index] == _GRANTED:
-                    _again(state, task.index)
+            _lose(state, node)
         case ControlChanged(control):
             state.control = control
         case TaskDone():
@@ -289,6 +287,14 @@ def step(state: RunState, event: Event, now_s: float) -> tuple[RunState, list[Co
     if state.finished is None:
         _grant(state, now_s, commands)
     return state, commands
+
+
+def _lose(state: RunState, node: str) -> None:
+    """What a node held is granted again; its answers may still come, and may still be good."""
+    lost = state._nodes.pop(node, None)
+    for task in sorted(lost.held, key=lambda t: t.index) if lost else ():
+        if task.phase == state.phase.name and state._status[task.index] == _GRANTED:
+            _again(state, task.index)
 
 
 # --- phases -------------------------------------------------------------------------------------------
@@ -349,6 +355,7 @@ def _rank(state: RunState, phase: Phase, index: int) -> int:
 
 def _on_done(state: RunState, event: TaskDone, commands: list[Command]) -> None:
     index = event.grant.task.index
+    _release(state, event.grant)
     if not _take_back(state, event.grant):
         return
     conflict = _schema_conflict(state, event.facts, index)
@@ -368,7 +375,8 @@ def _on_done(state: RunState, event: TaskDone, commands: list[Command]) -> None:
 
 def _on_failed(state: RunState, event: TaskFailed, now_s: float, commands: list[Command]) -> None:
     index, failure = event.grant.task.index, event.failure
-    if not _take_back(state, event.grant):
+    # Work done under an older grant is as good as any. A failure under one says nothing of the attempt at hand.
+    if not _release(state, event.grant) or not _take_back(state, event.grant):
         return
     tries = state._tries.setdefault(index, _Tries())
     if failure.blame == "work":
@@ -403,11 +411,17 @@ def _set_aside(state: RunState, task: TaskId, failure: Failure, commands: list[C
     _advance(state, commands)
 
 
+def _release(state: RunState, grant: Grant) -> bool:
+    """Free the slot that ``grant`` holds. Says whether it held one: it doesn't if its node was lost meanwhile."""
+    node = state._nodes.get(grant.node)
+    if node is None or node.held.get(grant.task) != grant:
+        return False
+    del node.held[grant.task]
+    return True
+
+
 def _take_back(state: RunState, grant: Grant) -> bool:
     """Whether this answer counts: it is of this phase, and the first one for its task."""
-    node = state._nodes.get(grant.node)
-    if node is not None:
-        node.held.discard(grant.task)
     return grant.task.phase == state.phase.name and state._status[grant.task.index] in {_GRANTED, _PENDING}
 
 
@@ -442,7 +456,8 @@ def _schema_conflict(state: RunState, facts: TaskFacts, index: int) -> Failure |
 
 
 def _too_many_bad(state: RunState, *, final: bool) -> bool:
-    totals, share = state.totals, state.rules.quarantine_share
+    totals = state.totals
+    share = state.rules.quarantine_share * (1 + 1e-9)  # 29 of 100 are not more than 29 %, whatever floats say
     if totals.quarantined == 0 or final:
         return totals.quarantined > share * totals.rows_in
     if share == 0:
@@ -494,8 +509,8 @@ def _grant(state: RunState, now_s: float, commands: list[Command]) -> None:
         tries = state._tries.setdefault(index, _Tries())
         tries.attempt += 1
         state._status[index] = _GRANTED
-        node.held.add(task)
-        commands.append(Grant(task, name, tries.attempt, state.epoch))
+        node.held[task] = Grant(task, name, tries.attempt, state.epoch)
+        commands.append(node.held[task])
         if len(node.held) < node.slots:
             heapq.heapreplace(free, (len(node.held) - node.slots, name))
         else:

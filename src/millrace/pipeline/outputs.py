@@ -58,7 +58,7 @@ def decode_chunk_output(data: bytes | memoryview) -> ChunkOutput:
             quarantined=raw["quarantined"],
             quarantine=tuple(Quarantined(**q) for q in raw["quarantine"]),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Corrupt(f"this is not a chunk's output: {error}") from error
 
 

@@ -15,6 +15,8 @@ import pyarrow as pa
 from millrace.core.errors import TransformError
 from millrace.core.model import Block, Digest, Shard
 from millrace.core.spec import Shards
+from millrace.pipeline.canonical import canonical
+from millrace.pipeline.process.plain import plain_batch
 
 __all__ = ["PackedShard", "pack"]
 
@@ -36,32 +38,22 @@ def pack(batches: Iterable[pa.RecordBatch], shards: Shards) -> Iterator[PackedSh
 
     A block has exactly ``shards.block_rows`` rows, except the last of a chunk and one whose values already fill
     a shard by themselves. A shard is closed by the first block that brings it to ``shards.size`` bytes.
-    All batches have one schema; metadata and dictionaries are taken off.
+    All batches have one schema; it is packed as its plain one. Equal records in an equal order have equal bytes,
+    however the batches were cut, as long as no block is closed for its size.
 
     Raises:
-        TransformError: the schema changes between batches; names the column.
+        TransformError: the schema changes between batches, or a type has no plain form; names the column.
     """
     writer: _ShardWriter | None = None
-    for block in _blocks((_plain(b) for b in batches), shards):
+    for block in _blocks((plain_batch(b) for b in batches), shards):
         if writer is None:
             writer = _ShardWriter(block.schema, shards.compression)
-        writer.write(block)
+        writer.write(canonical(block))
         if writer.size_bytes >= shards.size:
             yield writer.close()
             writer = None
     if writer is not None:
         yield writer.close()
-
-
-def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Without metadata and dictionaries, so that equal records have equal bytes."""
-    columns = [
-        column.dictionary_decode() if pa.types.is_dictionary(column.type) else column for column in batch.columns
-    ]
-    fields = [
-        pa.field(field.name, column.type, field.nullable) for field, column in zip(batch.schema, columns, strict=True)
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
 
 
 def _blocks(batches: Iterable[pa.RecordBatch], shards: Shards) -> Iterator[pa.RecordBatch]:

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from pydantic import BaseModel
 
 from millrace.coord.sqlite import SqliteCoordination
-from millrace.core.errors import UsageError
+from millrace.core.errors import NotFound, StoreError, UsageError
 from millrace.core.model import StoreSite
 from millrace.core.ports import Coordination, Store
 from millrace.core.spec import Pipeline, Source, World
@@ -145,13 +145,21 @@ def open_sources(pipeline: Pipeline, base: Path) -> list[Store]:
 
 
 def _open_source(index: int, source: Source, base: Path) -> Store:
+    wanted = path_filter(source)
+
+    def on_broken(path: str, error: StoreError) -> None:
+        """What can't be listed is an error only where the source wants it, or what may lie below it."""
+        is_folder = not isinstance(error, NotFound)  # what is not found is a link to nothing
+        if wanted.matches(path) or (is_folder and not wanted.dir_pruned(path)):
+            raise error
+
     return open_store(
         source.url,
         name=f"source {index}",
         options=source.options,
         base=base,
         layers=_layers(),
-        source=WalkRules(prune=path_filter(source).dir_pruned, must_exist=True),
+        source=WalkRules(prune=wanted.dir_pruned, on_broken=on_broken, must_exist=True),
         credentials=_credentials(source.url),
     )
 

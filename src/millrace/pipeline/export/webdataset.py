@@ -14,9 +14,8 @@ any other                  ``.column.json``, see ``values``
 from __future__ import annotations
 
 import io
-import tarfile
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,11 +23,10 @@ import pyarrow as pa
 from millrace.core.errors import UsageError
 from millrace.pipeline.export.staging import Parts, Staging
 from millrace.pipeline.export.values import as_numbers, is_numbers, json_text, json_values, numbers_shape
+from millrace.pipeline.formats.tarheader import BLOCK, file_header
 from millrace.pipeline.formats.webdataset import KEY, split_name, unsafe_name
 
 __all__ = ["WebDatasetWriter", "member_extension"]
-
-_BLOCK: Final = 512
 
 Bytes = bytes | memoryview
 
@@ -53,7 +51,7 @@ class WebDatasetWriter:
         """
         self._parts = Parts(staging, "part-", ".tar")
         self._schema, self._shard_bytes = schema, shard_bytes
-        self._row = 0
+        self._row = self._size = 0
         self._last_key = ""
         seen: dict[str, str] = {}
         for field in schema:
@@ -96,8 +94,9 @@ class WebDatasetWriter:
     def finish(self) -> None:
         """End the tar being written."""
         if self._parts.handle is not None:
-            self._parts.handle.write(bytes(2 * _BLOCK))
+            self._parts.handle.write(bytes(2 * BLOCK))
         self._parts.seal()
+        self._size = 0
 
     def abandon(self) -> None:
         """Let go of everything."""
@@ -116,12 +115,11 @@ class WebDatasetWriter:
             raise UsageError(f"row {self._row} has no value in any column, so it would not be a sample; drop such rows")
         handle = self._parts.current()
         for extension, value in members:
-            info = tarfile.TarInfo(f"{key}.{extension}")
-            info.size = len(value)
-            handle.write(info.tobuf(tarfile.GNU_FORMAT, "utf-8", "strict"))
-            handle.write(value)
-            handle.write(bytes(-len(value) % _BLOCK))
-        if handle.tell() >= self._shard_bytes:
+            head = file_header(f"{key}.{extension}", len(value))
+            padding = bytes(-len(value) % BLOCK)
+            handle.writelines((head, value, padding))
+            self._size += len(head) + len(value) + len(padding)
+        if self._size >= self._shard_bytes:
             self.finish()
 
 

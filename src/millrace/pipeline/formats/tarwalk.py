@@ -12,10 +12,10 @@ from typing import Final
 
 from millrace.core.errors import SourceError
 from millrace.pipeline.formats.ranged import Cursor
+from millrace.pipeline.formats.tarheader import BLOCK, ordinary_file
 
 __all__ = ["Member", "walk"]
 
-_BLOCK: Final = 512
 _EXTENSION_BYTES: Final = 1_000_000
 _KINDS: Final = {
     tarfile.LNKTYPE: "a hard link",
@@ -57,8 +57,8 @@ def walk(cursor: Cursor, path: str) -> Iterator[Member]:
     start, long_name, pax = cursor.at, None, dict[str, str]()
     while True:
         at = cursor.at
-        header = bytes(cursor.take(_BLOCK))
-        if len(header) < _BLOCK:
+        header = bytes(cursor.take(BLOCK))
+        if len(header) < BLOCK:
             raise SourceError(
                 f"{path} ends at byte {at + len(header)} "
                 + ("within a header" if header else "without the mark that ends an archive")
@@ -67,6 +67,13 @@ def walk(cursor: Cursor, path: str) -> Iterator[Member]:
         if not header.strip(b"\0"):
             _require_end(cursor, path)
             return
+        ordinary = ordinary_file(header)
+        if ordinary is not None and not pax:
+            name, size, data_at = long_name or ordinary[0], ordinary[1], cursor.at
+            yield Member(start, name, size, "file")
+            start = _go_to(cursor, data_at + -(-size // BLOCK) * BLOCK)
+            long_name = None
+            continue
         try:
             info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except tarfile.HeaderError as err:
@@ -94,10 +101,14 @@ def walk(cursor: Cursor, path: str) -> Iterator[Member]:
         if info.type == tarfile.DIRTYPE:
             kind = "directory"
         yield Member(start, name, size, kind)
-        following = data_at + -(-size // _BLOCK) * _BLOCK
-        if cursor.at < following:
-            cursor.skip(following - cursor.at)
-        start, long_name, pax = following, None, {}
+        start = _go_to(cursor, data_at + -(-size // BLOCK) * BLOCK)
+        long_name, pax = None, {}
+
+
+def _go_to(cursor: Cursor, at: int) -> int:
+    if cursor.at < at:
+        cursor.skip(at - cursor.at)
+    return at
 
 
 def _size(info: tarfile.TarInfo, pax: dict[str, str], path: str, at: int) -> int:
@@ -118,7 +129,7 @@ def _extension(cursor: Cursor, size: int, path: str, at: int) -> bytes:
     """The data of a header that speaks of the next member."""
     if not 0 <= size <= _EXTENSION_BYTES:
         raise SourceError(f"{path} has an extended header of {size} bytes at byte {at}; it is corrupt")
-    padded = -(-size // _BLOCK) * _BLOCK
+    padded = -(-size // BLOCK) * BLOCK
     data = bytes(cursor.take(padded))
     if len(data) < padded:
         raise SourceError(

@@ -39,8 +39,10 @@ _CLASSES: Final = frozenset(
 _CLOCK_NAMES: Final = frozenset(
     {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp", "get_current_timestamp"}
 )
-# DuckDB calls these consistent, and they read the clock, the session or the build.
-_UNSTABLE: Final = frozenset(["current_localtime", "current_localtimestamp", "version"])
+# Some DuckDB calls these consistent, and they read the clock, the session, the build or the layout in memory.
+_UNSTABLE: Final = frozenset(
+    {"current_localtime", "current_localtimestamp", "version", "current_setting", "getvariable", "vector_type"}
+)
 
 
 def check_select(engine: Engine, sql: str, columns: tuple[str, ...] | None, where: str) -> dict[str, Any]:
