@@ -406,7 +406,9 @@ class Collecting(RuleBasedStateMachine):
     @precondition(lambda self: self.versions)
     @rule(data=st.data())
     def claim(self, data: st.DataObject) -> None:
-        made = self.versions[data.draw(st.sampled_from(sorted(self.versions)))]
+        self.claim_of(self.versions[data.draw(st.sampled_from(sorted(self.versions)))])
+
+    def claim_of(self, made: Made) -> None:
         self.count += 1
         key = reader(Digest(made.record.digest), f"reader-{self.count}")
         fact = ReaderClaim(who="reader", until_ms=self.scene.clock.ms + 100 * HOUR)
@@ -423,6 +425,22 @@ class Collecting(RuleBasedStateMachine):
     def run_starts(self, chunks: list[int]) -> None:
         self.scene.runs += 1
         self.living[self.scene.runs] = set(self.do(self.scene.start_run(self.scene.runs, chunks)))
+
+    @rule(chunks=st.lists(st.integers(4, 9), min_size=1, max_size=2, unique=True))
+    def run_fails(self, chunks: list[int]) -> None:
+        self.run_starts(chunks)
+        self.dead[self.scene.runs] = self.living.pop(self.scene.runs)
+        self.do(self.scene.end_run(self.scene.runs, "failed"))
+
+    @rule(chunks=st.lists(st.integers(1, 5), min_size=1, max_size=2, unique=True))
+    def version_is_removed_while_it_is_read(self, chunks: list[int]) -> None:
+        made = self.do(self.scene.make(chunks))
+        self.claim_of(made)
+        self.versions.pop(made.record.version, None)
+        if not made.unchanged:
+            self.do(remove(self.scene.coord, f"set@{made.record.version}"))
+        else:
+            self.versions[made.record.version] = made
 
     @precondition(lambda self: self.living)
     @rule(state=st.sampled_from(["stopped", "failed", "superseded", "killed"]))
@@ -506,7 +524,7 @@ def test_any_order_of_things(new_scene: type[Scene]) -> None:
     class Machine(Collecting):
         scene_type = new_scene
 
-    run_state_machine_as_test(Machine, settings=settings(max_examples=40, stateful_step_count=25, deadline=None))
+    run_state_machine_as_test(Machine, settings=settings(max_examples=50, stateful_step_count=20, deadline=None))
 
 
 def test_a_reader_that_comes_too_late_is_refused(scene: Scene) -> None:

@@ -242,7 +242,12 @@ class _Worker:
         return pipe.recv()
 
     async def _greet(self) -> Failure | None:
-        hello = await asyncio.wait_for(self._receive(), _START_TIMEOUT_S)
+        try:
+            hello = await asyncio.wait_for(self._receive(), _START_TIMEOUT_S)
+        except TimeoutError:
+            await self.stop()
+            sentence = f"a worker was not ready after {_START_TIMEOUT_S:g} s; importing the transforms takes too long"
+            return Failure("TransformError", sentence, True, "work")
         assert isinstance(hello, Hello)
         if hello.refusal is not None:
             await self.stop()

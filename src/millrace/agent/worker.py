@@ -55,6 +55,8 @@ def worker_main(pipe: Connection, setup: WorkerSetup) -> None:
     """The process's main function."""
     # Ctrl-C goes to the whole process group; the parent decides what becomes of the work.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What a user's code prints must not end up among the results on stdout.
+    os.dup2(2, 1)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     _die_with_parent()
     inbox: queue.SimpleQueue[object] = queue.SimpleQueue()

@@ -133,11 +133,14 @@ class Ledger:
         done: list[tuple[int, TaskFacts]] = []
         aside: list[tuple[int, Failure]] = []
         for key in sorted(k for k in self._pages if k.startswith(prefix)):
-            for index, entry in self._pages[key].items():
-                if "failure" in entry:
-                    aside.append((int(index), Failure(**entry["failure"])))
-                else:
-                    done.append((int(index), decode_facts(entry)))
+            try:
+                for index, entry in self._pages[key].items():
+                    if "failure" in entry:
+                        aside.append((int(index), Failure(**entry["failure"])))
+                    else:
+                        done.append((int(index), decode_facts(entry)))
+            except (ValueError, TypeError, AttributeError) as error:
+                raise _damaged(key, error) from error
         return Done(tuple(sorted(done, key=lambda d: d[0])), tuple(sorted(aside, key=lambda d: d[0])))
 
     def _packed(self, phase: Phase) -> bytes:
@@ -170,8 +173,12 @@ def _clipped(sentence: str, json_bytes: int) -> str:
 def _page(key: str, value: bytes) -> dict[str, Any]:
     try:
         page = json.loads(value)
-    except ValueError as error:
-        raise CoordError(f"the ledger page {key} is damaged: {error}; start a new run with --fresh") from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(key, error) from error
     if not isinstance(page, dict):
-        raise CoordError(f"the ledger page {key} is damaged; start a new run with --fresh")
+        raise _damaged(key, "it is not a mapping")
     return page
+
+
+def _damaged(key: str, why: object) -> CoordError:
+    return CoordError(f"the ledger page {key} is damaged: {why}; start a new run with --fresh")

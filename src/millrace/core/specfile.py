@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 from millrace.core.errors import SpecError
 from millrace.core.spec import AtField, transform_kinds
 
-__all__ = ["parse_spec"]
+__all__ = ["locate", "parse_spec"]
 
 M = TypeVar("M", bound=BaseModel)
 Path = tuple[str | int, ...]
@@ -58,6 +58,16 @@ def parse_spec(model: type[M], text: str, *, file: str) -> M:
     except ValidationError as error:
         problems = [_sentence(e, lines, file, model) for e in error.errors(include_url=False)]
         raise SpecError("\n".join(dict.fromkeys(problems))) from error
+
+
+def locate(text: str, dotted: str) -> int:
+    """The line, from 1, of a field such as ``transforms.2.sql`` in a document that ``parse_spec`` accepted."""
+    lines: dict[Path, int] = {}
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    if node is not None:
+        _build(node, (), lines, "")
+    path = tuple(int(part) if part.isdigit() else part for part in dotted.split("."))
+    return _line(path, lines)
 
 
 def _build(node: yaml.Node, path: Path, lines: dict[Path, int], file: str) -> Any:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from millrace.core.errors import PolicyRefused
+from millrace.core.errors import PolicyRefused, SpecError
 from millrace.core.facts import Lineage
 from millrace.core.messages import Phase
-from millrace.core.spec import Dedup, Pipeline, Validate
+from millrace.core.spec import Pipeline
+from millrace.core.specfile import locate
 from millrace.decide.placement import Refusal, refusals
 from millrace.decide.scheduler import SchedulerRules
 from millrace.pipeline.plan import Plan, plan_sources
-from millrace.pipeline.process.chain import Chain
+from millrace.pipeline.process import Chain, count_barriers
 from millrace.wiring.lineage import identity_of, lineage_of
 from millrace.wiring.world import OpenWorld, folder_of, open_sources, read_pipeline
 
@@ -47,7 +49,7 @@ class Planned:
         """The run's phases: two for each barrier, then main and persist."""
         before = [
             phase
-            for barrier in range(barriers(self.pipeline))
+            for barrier in range(count_barriers(self.pipeline.transforms))
             for phase in (Phase("survey", barrier, len(self.plan)), Phase("resolve", barrier, self.partitions))
         ]
         return (*before, Phase("main", 0, len(self.plan)), Phase("persist", 0, 1))
@@ -61,13 +63,6 @@ class Planned:
             bytes_total=self.plan.total_bytes,
             order_seed=order_seed,
         )
-
-
-def barriers(pipeline: Pipeline) -> int:
-    """How many transforms must know all keys of the run."""
-    return sum(
-        isinstance(t, Dedup) or (isinstance(t, Validate) and bool(t.validate_.unique)) for t in pipeline.transforms
-    )
 
 
 async def make_plan(world: OpenWorld, file: Path, *, progress: Callable[[int], None] | None = None) -> Planned:
@@ -86,7 +81,7 @@ async def make_plan(world: OpenWorld, file: Path, *, progress: Callable[[int], N
     finally:
         for store in sources:
             await store.aclose()
-    compile_chains(pipeline, plan, base)
+    _check_transforms(pipeline, plan, file)
     lineage = lineage_of(pipeline, plan, base)
     return Planned(
         file=file,
@@ -117,7 +112,24 @@ def compile_chains(pipeline: Pipeline, plan: Plan, base: Path) -> list[Chain | N
     """
     if not pipeline.transforms:
         return [None for _ in pipeline.sources]
-    return [Chain.build(pipeline.transforms, base=base, schema=schema) for schema in plan.source_schemas]
+    # A module of the user's that prints as it is imported must not write into our results.
+    with contextlib.redirect_stdout(sys.stderr):
+        return [Chain.build(pipeline.transforms, base=base, schema=schema) for schema in plan.source_schemas]
+
+
+def _check_transforms(pipeline: Pipeline, plan: Plan, file: Path) -> None:
+    """Compile the transforms once here, so that what is wrong with them is known before anything is begun."""
+    try:
+        chains = compile_chains(pipeline, plan, folder_of(file))
+    except SpecError as error:
+        field, separator, sentence = str(error).partition(": ")
+        if not separator or not field.startswith("transforms."):
+            raise
+        line = locate(file.read_text(encoding="utf-8"), field)
+        raise SpecError(f"{file}:{line}: {field}: {sentence}") from error
+    for chain in chains:
+        if chain is not None:
+            chain.close()
 
 
 def on_path(base: Path) -> None:
