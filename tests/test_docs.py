@@ -245,6 +245,12 @@ def _anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_files_named_in_code_are_there(page: Path) -> None:
+    for name in re.findall(r"`((?:tests|src|docs|bench|examples)/[\w./-]*)`", page.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists(), f"{_name(page)}: {name} is not there"
+
+
 def test_every_exempt_make_target_exists() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
@@ -320,7 +326,8 @@ def _check_default(field: FieldInfo, cell: str, where: str) -> None:
     if default in (None, (), {}):
         assert cell.startswith("none"), where
         return
-    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, *field.metadata])
+    kind: Any = Annotated[field.annotation, None, *field.metadata]
+    adapter: TypeAdapter[Any] = TypeAdapter(kind)
     assert adapter.validate_python(yaml.safe_load(cell.strip("`"))) == default, where
 
 

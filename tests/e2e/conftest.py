@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,11 @@ from typing import Any
 import pytest
 
 from millrace.cli.app import main
+from millrace.coord.sqlite import SqliteCoordination
+from millrace.core.keys import run_prefix
+
+PATIENCE_S = 90.0
+"""How long a condition may take to come true; only a broken Millrace takes that long."""
 
 WORLD = """\
 clouds:
@@ -92,6 +100,107 @@ def spawn(folder: Path) -> Callable[..., subprocess.Popen[str]]:
         )
 
     return run
+
+
+def session_of(pid: int) -> list[tuple[int, str]]:
+    """(pid, command line) of every process that lives in the session ``pid`` began, orphans and all."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            if fields[0] not in {"Z", "X"} and int(fields[3]) == pid:
+                found.append((int(entry.name), (entry / "cmdline").read_text().replace("\0", " ")))
+        except OSError:
+            continue  # it ended between the two looks
+    return found
+
+
+class Run:
+    """A ``millrace run`` in a session of its own, and what can be done to it."""
+
+    def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
+        self.process = process
+        self.folder = folder
+
+    def begun(self) -> str:
+        """Wait for the sentence that says the run's id."""
+        assert self.process.stderr is not None
+        return self.process.stderr.readline()
+
+    def finished_tasks(self, run: int, phase: str = "") -> int:
+        """How many tasks the ledger of ``run`` holds."""
+
+        async def count() -> int:
+            coord = SqliteCoordination(self.folder / ".millrace" / "coord.db")
+            try:
+                pages = await coord.list(f"{run_prefix(run)}ledger/{phase}", limit=1000)
+                return sum(len(json.loads(page.value)) for page in pages)
+            finally:
+                await coord.aclose()
+
+        return asyncio.run(count())
+
+    def until(self, true: Callable[[], bool], what: str) -> None:
+        """Wait until it is, or fail with what the process said."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not true():
+            if time.monotonic() > deadline or self.process.poll() not in {None, 0}:
+                self.kill()
+                out, err = self.process.communicate()
+                pytest.fail(f"{what} did not happen: exit {self.process.returncode}\n{out}\n{err}")
+            time.sleep(0.02)
+
+    def until_tasks(self, count: int, run: int = 1, phase: str = "") -> None:
+        """Wait until the ledger holds so many tasks."""
+        self.until(
+            lambda: self.process.poll() == 0 or self.finished_tasks(run, phase) >= count, f"task {count} of run {run}"
+        )
+
+    def workers(self) -> list[int]:
+        """The worker processes."""
+        return [pid for pid, line in session_of(self.process.pid) if "multiprocessing-fork" in line]
+
+    def until_workers(self, count: int) -> None:
+        """Wait until so many worker processes are there."""
+        self.until(lambda: len(self.workers()) >= count, f"{count} workers")
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """A signal to the whole process group, as a terminal sends it."""
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            pass
+
+    def end(self, *, timeout: float = PATIENCE_S) -> Said:
+        """Wait for the end; nothing it started may live on."""
+        try:
+            out, err = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            out, err = self.process.communicate()
+            pytest.fail(f"it went on for {timeout} s: {out}\n{err}")
+        deadline = time.monotonic() + 10
+        while (left := session_of(self.process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not left, f"still running: {left}"
+        return Said(self.process.returncode, out, err)
+
+
+@pytest.fixture
+def launch(spawn: Callable[..., subprocess.Popen[str]], folder: Path) -> Iterator[Callable[..., Run]]:
+    """``launch("run", "pipeline.yaml")``: like ``spawn``, with what a test of survival needs; killed at the end."""
+    started: list[Run] = []
+
+    def start(*args: str, **more: Any) -> Run:
+        started.append(Run(spawn(*args, **more), folder))
+        return started[-1]
+
+    yield start
+    for run in started:
+        run.kill()
+        run.process.communicate()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -17,7 +18,12 @@ from millrace.core.errors import (
 )
 from millrace.core.model import SourceObject
 from millrace.core.ports import ObjectInfo, RangeRequest
+from millrace.core.spec import Pipeline, Source
+from millrace.pipeline.formats.registry import format_named
+from millrace.pipeline.plan import plan_sources
 from millrace.pipeline.reads import StoreReads
+from millrace.pipeline.records import ReadContext
+from millrace.stores.local import LocalStore
 from millrace.stores.memory import MemoryStore
 
 T = TypeVar("T")
@@ -230,3 +236,33 @@ def test_a_thread_does_not_hang_when_the_loop_goes_away() -> None:
     thread.join(20)
     assert not thread.is_alive()
     assert [type(e) for e in caught] == [RunStopped, RunStopped]
+
+
+@pytest.mark.parametrize("form", ["text", "lines", "files"])
+def test_a_file_that_changes_or_disappears_after_planning_is_named(tmp_path: Path, form: str) -> None:
+    names = ["a b.txt", "new\nline.txt", "ü.txt"]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    source = Source.model_validate({"url": tmp_path.as_uri(), "format": form})
+
+    async def go(change: Callable[[], object]) -> list[str]:
+        store = LocalStore(tmp_path, name="src")
+        try:
+            plan = await plan_sources(Pipeline(dataset="d", sources=(source,)), [store])
+            change()
+            reads = StoreReads(store, asyncio.get_running_loop())
+            context = ReadContext(source, plan.source_schemas[0], reads, lambda q: None, 1000)
+            form_ = format_named(form)
+
+            def work() -> list[str]:
+                return [path for r in form_.read(plan.chunk(0), context) for path in r.batch["path"].to_pylist()]
+
+            return await asyncio.to_thread(work)
+        finally:
+            await store.aclose()
+
+    assert sorted(set(asyncio.run(go(lambda: None)))) == sorted(names)
+    with pytest.raises(SourceChanged, match=r"^ü\.txt changed since the run was planned; start a new run"):
+        asyncio.run(go(lambda: (tmp_path / "ü.txt").write_text("something else")))
+    with pytest.raises(SourceChanged, match=r"^a b\.txt disappeared since the run was planned"):
+        asyncio.run(go((tmp_path / "a b.txt").unlink))

@@ -94,7 +94,7 @@ async def export_dataset(
     if schema is None:
         raise UsageError(f"{version.dataset}@{version.version} has no rows; there is nothing to export")
     async with reading(coord, version, who, clock):
-        exporter = await _in_thread(open_exporter, schema)
+        exporter = await _opened(open_exporter, schema)
         root = manifest.root
         rows = size = shards = 0
         try:
@@ -146,6 +146,18 @@ def _batches(data: memoryview) -> list[pa.RecordBatch]:
         return [reader.get_batch(i) for i in range(reader.num_record_batches)]
     except pa.ArrowInvalid as error:
         raise Corrupt(f"a shard can't be read as an Arrow file, though its digest is right: {error}") from error
+
+
+async def _opened(open_exporter: Callable[[pa.Schema], Exporter], schema: pa.Schema) -> Exporter:
+    """The exporter; when cancelled meanwhile, what it has begun is taken away."""
+    opening = asyncio.ensure_future(asyncio.to_thread(open_exporter, schema))
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        await asyncio.wait([opening])
+        if not opening.cancelled() and opening.exception() is None:
+            await _in_thread(opening.result().abort)
+        raise
 
 
 async def _in_thread(work: Callable[..., T], *args: object) -> T:

@@ -103,7 +103,7 @@ def show(dataset: ReferenceArgument, world: WorldOption = None, as_json: JsonOpt
         size = format_bytes(source["bytes"])
         output.line(f"source    {source['url']} as {source['format']}: {source['objects']} objects, {size}")
     for transform in found.lineage.spec.get("transforms", []):
-        output.line(f"transform {_brief(transform)}")
+        output.line(f"transform {_brief(_told(transform))}")
     output.line("code      " + ", ".join(f"{name} {_brief(version)}" for name, version in found.lineage.code.items()))
     output.line("")
     columns = ("cloud", "store", "region", "jurisdiction", "shards", "bytes")
@@ -340,6 +340,13 @@ def _extent(extent: Extent) -> str:
 def _brief(value: object) -> str:
     text = str(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _told(value: Any) -> Any:
+    """Without what was not said."""
+    if isinstance(value, dict):
+        return {k: _told(v) for k, v in value.items() if v not in (None, [], ())}
+    return value
 
 
 def _gc_json(report: GcReport) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def decode(kind: type[F], value: bytes, *, key: str) -> F:
         detail = error.errors(include_url=False)[0]
         where = ".".join(str(p) for p in detail["loc"])
         raise CoordError(
-            f"the record at {key} is not a {kind.__name__} this version can read: {where}: {detail['msg']}"
+            f"the record at {key} is not a {kind.__name__} this version can read: {where}{': ' if where else ''}{detail['msg']}"
         ) from error
 
 
@@ -187,9 +187,9 @@ class RunProgress(Fact):
     rows: int
     quarantined: int
     bytes_per_s: float
-    eta_s: float | None
     workers: int
     at_ms: int
+    eta_s: float | None = None
 
 
 class ReplicaEntry(Fact):

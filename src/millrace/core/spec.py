@@ -50,6 +50,7 @@ FormatName = Literal["text", "lines", "jsonl", "csv", "parquet", "arrow", "webda
 FORMATS: Final[tuple[str, ...]] = ("text", "lines", "jsonl", "csv", "parquet", "arrow", "webdataset", "mds", "files")
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_FUNCTION: Final = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 _SECRET_KEYS: Final = re.compile(
     r"secret|password|passwd|token|credential|access_key|account_key|sas|hmac|signature", re.IGNORECASE
 )
@@ -268,8 +269,15 @@ class SqlTransform(Model):
 class PythonTransform(Model):
     """``python: "package.module:function"``: RecordBatch to RecordBatch, deterministic."""
 
-    python: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    python: Annotated[str, Field(pattern=_FUNCTION)]
     timeout: DurationS = 60.0
+
+    @field_validator("python", mode="before")
+    @classmethod
+    def _names_a_function(cls, value: object) -> object:
+        if isinstance(value, str) and not re.search(_FUNCTION, value):
+            raise ValueError(f"{value[:80]!r} does not name a function; write it like package.module:function")
+        return value
 
 
 class ValidateRules(Model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any, Final, TypeVar
 
 import yaml
@@ -18,7 +19,7 @@ M = TypeVar("M", bound=BaseModel)
 Path = tuple[str | int, ...]
 
 _BYTES_MAX: Final = 4_000_000
-_VALUES_MAX: Final = 100_000
+_VALUES_MAX: Final = 50_000
 _DEPTH_MAX: Final = 50
 
 
@@ -56,7 +57,8 @@ def parse_spec(model: type[M], text: str, *, file: str) -> M:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        problems = [_sentence(e, lines, file, model) for e in error.errors(include_url=False)]
+        errors = error.errors(include_url=False)
+        problems = [_sentence(e, lines, file, model) for e in errors if not _follows(e, errors)]
         raise SpecError("\n".join(dict.fromkeys(problems))) from error
 
 
@@ -97,11 +99,19 @@ def _build(node: yaml.Node, path: Path, lines: dict[Path, int], file: str) -> An
     if isinstance(node, yaml.SequenceNode):
         return [_build(item, (*path, i), lines, file) for i, item in enumerate(node.value)]
     try:
-        return yaml.SafeLoader("").construct_object(node)
+        return yaml.constructor.SafeConstructor().construct_object(node)
     except (ValueError, KeyError) as error:
         raise SpecError(
             f"{file}:{line}: {_dotted(path)}: {node.value[:80]!r} can't be read ({error}); put text in quotes"
         ) from error
+
+
+def _follows(error: ErrorDetails, errors: list[ErrorDetails]) -> bool:
+    """Whether it only says that a list is empty because what stands in it is wrong."""
+    loc = error["loc"]
+    return error["type"] == "too_short" and any(
+        len(e["loc"]) > len(loc) and e["loc"][: len(loc)] == loc for e in errors
+    )
 
 
 def _sentence(error: ErrorDetails, lines: dict[Path, int], file: str, model: type[BaseModel]) -> str:
@@ -114,7 +124,10 @@ def _sentence(error: ErrorDetails, lines: dict[Path, int], file: str, model: typ
         message = _unknown(str(error["loc"][-1]), model)
     elif error["type"] == "missing":
         message = "is required"
+    elif error["type"] == "too_short":
+        message = f"give at least {error['ctx']['min_length']}"
     elif error["type"] not in {"value_error", "transform"}:
+        message = re.sub(" or instance of .*", "", message)
         message = message.replace("valid tuple", "list").replace("valid dictionary", "mapping")
         message = f"{message[0].lower()}{message[1:]}, found {_what(error['input'])}"
     return f"{file}:{_line(path, lines)}: {_dotted(path) or 'file'}: {message}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from millrace.core.errors import TransformError
-from millrace.core.model import Block, Digest, Shard
+from millrace.core.model import Block, Digest, Shard, block_digest
 from millrace.core.spec import Shards
 from millrace.pipeline.canonical import canonical
 from millrace.pipeline.process.plain import plain_batch
@@ -156,11 +156,9 @@ class _ShardWriter:
         start = self._sink.size_bytes or self._header_bytes
         self._writer.write_batch(block)
         self._sink.flush()
-        digest = hashlib.sha256()
-        for piece in self._hash_new()[0 if self._blocks else 1 :]:
-            digest.update(piece)
+        digest = block_digest(*self._hash_new()[0 if self._blocks else 1 :])
         length = self._sink.size_bytes - start
-        self._blocks.append(Block(start, length, block.num_rows, Digest(digest.hexdigest())))
+        self._blocks.append(Block(start, length, block.num_rows, digest))
         self._rows += block.num_rows
 
     def close(self) -> PackedShard:

@@ -26,6 +26,8 @@ _WRITE_BYTES = 8 << 20
 _WRITE_PIECES = min(1024, os.sysconf("SC_IOV_MAX"))
 _READ_BYTES = 64 << 20
 _HASH_BYTES = 512 << 10
+_FRESH_NS = 120 * 10**9
+"""A file younger than this is being read back after its writing."""
 _REMEMBERED_DIRS = 65_536
 _LOCK_WAIT_S = 30.0
 _LOCK_LOOK_S = 0.002
@@ -299,7 +301,8 @@ class Disk:
         with self._errors(key, path, writing=False):
             handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             try:
-                if not stat.S_ISREG(os.fstat(handle).st_mode):
+                found = os.fstat(handle)
+                if not stat.S_ISREG(found.st_mode):
                     raise not_found(self.store, key, path)
                 buffer = memoryview(bytearray(_HASH_BYTES))
                 while got := os.preadv(handle, [buffer], size_bytes):
@@ -307,6 +310,8 @@ class Disk:
                         raise Stopped
                     digest.update(buffer[:got])
                     size_bytes += got
+                if self._now_ns() - found.st_mtime_ns < _FRESH_NS:
+                    _drop_cached(handle)
             finally:
                 os.close(handle)
         return Content(Digest(digest.hexdigest()), size_bytes)
@@ -380,6 +385,16 @@ def _start_writeback(handle: int, offset: int, size_bytes: int) -> None:
     """
     if hasattr(os, "posix_fadvise") and size_bytes >= _WRITE_BYTES // 2:
         os.posix_fadvise(handle, offset, size_bytes, os.POSIX_FADV_DONTNEED)
+
+
+def _drop_cached(handle: int) -> None:
+    """Give the cache pages of a file back that was written, read back and is not needed here any more.
+
+    The next file then reuses them: on a virtual machine, pages that were never touched cost several times the
+    copy (measured: 12 files of 64 MB written and read back in 1.5 s, and in 1.9 to 4.2 s without this).
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _read_exactly(handle: int, start: int, wanted: int, stop: Stop) -> memoryview:

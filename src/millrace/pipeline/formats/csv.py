@@ -34,8 +34,8 @@ class CsvFormat:
     """Each row is a record: ``path`` and the columns of the header.
 
     - Commas between values, quotes as in RFC 4180, UTF-8. A byte order mark is passed over; so are blank rows.
-    - Every column is a string, and an empty value an empty string, unless ``columns`` says otherwise; an empty
-      value of another type is null. With ``columns``, other columns are left out.
+    - Every column is a string, and an empty value an empty string, unless ``columns`` says otherwise; a blank
+      value of another type is null, and spaces around it don't count. With ``columns``, others are left out.
     - Every file has a header, the same in all files; with ``columns``, one that has those. A column that is
       itself called ``path`` takes the place of ours, and comes last.
     - With ``multiline: false`` a quoted value ends on its line, and large files can be cut.

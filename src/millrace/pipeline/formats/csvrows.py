@@ -1,10 +1,12 @@
-"""From the lines of a CSV to typed columns: all at once by Arrow, and by halves where a row is bad."""
+"""From the lines of a CSV to typed columns, a batch at a time, with a reason for each row that is bad.
+
+Arrow splits rows into values; values become what their column wants by Arrow's casts, the same for every row.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +21,9 @@ from millrace.pipeline.formats.quotes import closed_at_newlines
 
 __all__ = ["BadRow", "RowParser"]
 
-_NEWLINE, _RETURN = 10, 13
+_NEWLINE, _RETURN, _QUOTE = 10, 13, 34
+
+Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,15 @@ class BadRow:
 
     rule: str
     reason: str
+
+
+@dataclass(slots=True)
+class _Found:
+    """Rows split into values: ``columns`` hold ``rows``, and the others are ``bad``."""
+
+    columns: list[pa.Array]
+    rows: Rows
+    bad: dict[int, BadRow] = field(default_factory=dict)
 
 
 class RowParser:
@@ -43,102 +56,145 @@ class RowParser:
         self._header = list(header)
         self._fields = list(fields)
         self._multiline = multiline
-        self._kinds = {f.name: pa.string() if f.type == TIME_TYPE else f.type for f in self._fields}
+        names = [f.name for f in fields]
+        self._raw = pacsv.ConvertOptions(
+            column_types=dict.fromkeys(names, pa.binary()),
+            include_columns=names,
+            null_values=[],
+            strings_can_be_null=False,
+        )
 
-    def parse(
-        self, lines: LineBatch, bad: Callable[[int, BadRow], None]
-    ) -> tuple[list[pa.Array], npt.NDArray[np.int64]]:
+    def parse(self, lines: LineBatch, bad: Callable[[int, BadRow], None]) -> tuple[list[pa.Array], Rows]:
         """The columns, and which lines they hold. Blank lines are passed over, ``bad`` is told of bad ones."""
         data = np.frombuffer(lines.data, np.uint8)
         starts = lines.starts
         lengths = lines.ends - starts - 1
         blank = (lengths == 0) | ((lengths == 1) & (data[starts] == _RETURN))
         rows = np.flatnonzero(~blank)
-        good: list[list[pa.Array]] = []
-        kept: list[npt.NDArray[np.int64]] = []
-        waiting = [rows] if len(rows) else []
+        parts: list[_Found] = []
+        waiting = self._apart(rows, lines, data)
         while waiting:
             some = waiting.pop()
             raw = memoryview(lines.data)[int(starts[some[0]]) : int(lines.ends[some[-1]])]
-            columns = self._at_once(raw, len(some))
-            if columns is not None:
-                good.append(columns)
-                kept.append(some)
+            part = self._split(raw, some)
+            if part is not None:
+                parts.append(part)
             elif len(some) == 1:
-                bad(int(some[0]), self._why(raw))
+                parts.append(_Found([], some[:0], {int(some[0]): self._why(raw)}))
             else:
                 half = len(some) // 2
                 waiting += [some[half:], some[:half]]
-        if not good:
-            return [], np.zeros(0, np.int64)
-        merged = good[0] if len(good) == 1 else [pa.concat_arrays(parts) for parts in zip(*good, strict=True)]
-        return merged, np.concatenate(kept)
+        whole = self._joined(parts)
+        typed = [self._typed(column, f, whole) for column, f in zip(whole.columns, self._fields, strict=True)]
+        for row, reason in sorted(whole.bad.items()):
+            bad(row, reason)
+        if not whole.bad:
+            return typed, whole.rows
+        keep = np.array([int(row) not in whole.bad for row in whole.rows], np.bool_)
+        return [column.filter(pa.array(keep)) for column in typed], whole.rows[keep]
 
-    def _at_once(self, raw: memoryview, rows: int) -> list[pa.Array] | None:
-        """The columns of these rows, or None when something is wrong with one of them."""
+    def _apart(self, rows: Rows, lines: LineBatch, data: npt.NDArray[np.uint8]) -> list[Rows]:
+        """Runs of rows to be split at once, the last first; rows of one line with an odd quote are by themselves."""
+        if self._multiline or not len(rows):
+            return [rows] if len(rows) else []
+        quotes = np.concatenate(([0], np.cumsum(data == _QUOTE)))
+        odd = (quotes[lines.ends[rows]] - quotes[lines.starts[rows]]) % 2 == 1
+        bounds = np.flatnonzero(odd)
+        runs = np.split(rows, np.unique(np.concatenate((bounds, bounds + 1)))) if len(bounds) else [rows]
+        return [run for run in reversed(runs) if len(run)]
+
+    def _split(self, raw: memoryview, rows: Rows) -> _Found | None:
+        """The values of these rows, or None when they aren't what Arrow takes for as many rows."""
         data = np.frombuffer(raw, np.uint8)
         if not self._multiline and not closed_at_newlines(data):
             return None
-        if rows > 1:
+        if len(rows) > 1:
             returns = np.flatnonzero(data == _RETURN)
             if not (data[returns + 1] == _NEWLINE).all():  # one by itself ends a row for Arrow, unless quoted
                 return None
-        try:
-            table = self._table(raw, self._kinds)
-            if table.num_rows != rows:
-                return None
-            return [self._typed(table[f.name], f.type) for f in self._fields]
-        except pa.ArrowInvalid:
-            return None
+        uneven: dict[int, int] = {}
 
-    def _table(self, raw: memoryview, kinds: dict[str, pa.DataType] | None) -> pa.Table:
+        def pass_over(row: pacsv.InvalidRow) -> str:
+            uneven[row.number - 1] = row.actual_columns
+            return "skip"
+
         # Arrow passes over a byte order mark, but in the middle of a file it is text.
         source = pa.py_buffer(b"\n" + bytes(raw) if bytes(raw[: len(BOM)]) == BOM else raw)
-        options: dict[str, Any] = {} if kinds is None else {"column_types": kinds, "include_columns": list(kinds)}
-        names: dict[str, Any] = {"autogenerate_column_names": True} if kinds is None else {"column_names": self._header}
-        return pacsv.read_csv(
-            pa.BufferReader(source),
-            read_options=pacsv.ReadOptions(use_threads=False, block_size=source.size + 1, **names),
-            parse_options=pacsv.ParseOptions(newlines_in_values=self._multiline),
-            convert_options=pacsv.ConvertOptions(null_values=[""], strings_can_be_null=False, **options),
-        )
+        try:
+            table = pacsv.read_csv(
+                pa.BufferReader(source),
+                pacsv.ReadOptions(use_threads=False, block_size=source.size + 1, column_names=self._header),
+                pacsv.ParseOptions(newlines_in_values=self._multiline, invalid_row_handler=pass_over),
+                self._raw,
+            )
+        except pa.ArrowInvalid:
+            return None
+        if table.num_rows + len(uneven) != len(rows):
+            return None
+        expected = len(self._header)
+        bad = {
+            int(rows[i]): BadRow("columns", f"the row has {count} values, the header {expected}")
+            for i, count in uneven.items()
+        }
+        left = np.delete(rows, list(uneven)) if uneven else rows
+        return _Found([_one(table[f.name]) for f in self._fields], left, bad)
 
-    def _typed(self, column: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:
-        array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-        if kind == TIME_TYPE:
-            return to_times(pc.if_else(pc.equal(array, ""), None, array))
-        return array
+    def _joined(self, parts: Sequence[_Found]) -> _Found:
+        bad = {row: reason for part in parts for row, reason in part.bad.items()}
+        good = [part for part in parts if len(part.rows)]
+        if not good:
+            return _Found([pa.array([], pa.binary()) for _ in self._fields], np.zeros(0, np.int64), bad)
+        if len(good) == 1:
+            return _Found(good[0].columns, good[0].rows, bad)
+        columns = [pa.concat_arrays(arrays) for arrays in zip(*(part.columns for part in good), strict=True)]
+        return _Found(columns, np.concatenate([part.rows for part in good]), bad)
+
+    def _typed(self, column: pa.Array, wanted: pa.Field, whole: _Found) -> pa.Array:
+        """The column as its type; values that don't fit are null, and their rows bad."""
+        if wanted.type == pa.binary():
+            return column
+        try:
+            return _cast(column, wanted.type)
+        except pa.ArrowInvalid:
+            pass
+        pieces: dict[int, pa.Array] = {}
+        waiting = [(0, len(column))]
+        while waiting:
+            start, end = waiting.pop()
+            try:
+                pieces[start] = _cast(column.slice(start, end - start), wanted.type)
+            except pa.ArrowInvalid:
+                if end - start > 1:
+                    half = (start + end) // 2
+                    waiting += [(half, end), (start, half)]
+                else:
+                    pieces[start] = pa.nulls(1, wanted.type)
+                    whole.bad.setdefault(int(whole.rows[start]), _misfit(column[start].as_py(), wanted))
+        return pa.concat_arrays([pieces[start] for start in sorted(pieces)])
 
     def _why(self, raw: memoryview) -> BadRow:
-        """What is wrong with one row."""
-        if not closed_at_newlines(np.frombuffer(raw, np.uint8)) and not self._multiline:
+        """What is wrong with a row that isn't one."""
+        if not self._multiline and not closed_at_newlines(np.frombuffer(raw, np.uint8)):
             return BadRow("csv", "a quoted value does not end on its line; mend it, or set multiline: true")
-        try:
-            table = self._table(raw, None)
-        except pa.ArrowInvalid as error:
-            return BadRow("csv", f"the row can't be parsed: {str(error)[:200]}")
-        if table.num_rows != 1:
-            return BadRow("csv", "a carriage return stands in a value without quotes")
-        if table.num_columns != len(self._header):
-            return BadRow("columns", f"the row has {table.num_columns} values, the header {len(self._header)}")
-        values = self._table(raw, {f.name: pa.binary() for f in self._fields})
-        for field in self._fields:
-            reason = self._wrong_value(values[field.name][0].as_py(), field)
-            if reason is not None:
-                return reason
-        return BadRow("csv", "the row can't be parsed")
+        return BadRow("csv", "a carriage return stands in a value without quotes")
 
-    def _wrong_value(self, value: bytes | None, field: pa.Field) -> BadRow | None:
-        if field.type == pa.binary() or value is None:
-            return None
-        try:
-            text = value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            return BadRow("utf-8", f"column {field.name[:80]!r} is not UTF-8: {error.reason} at its byte {error.start}")
-        if field.type == pa.string():
-            return None
-        quoted = b'"' + value.replace(b'"', b'""') + b'"\n'
-        alone = RowParser([field.name], [field], multiline=True)
-        if alone._at_once(memoryview(quoted), 1) is not None:
-            return None
-        return BadRow("type", f"column {field.name[:80]!r} holds {text[:40]!r}, expected {type_word(field.type)}")
+
+def _one(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _cast(raw: pa.Array, kind: pa.DataType) -> pa.Array:
+    text = raw.cast(pa.string())
+    if kind == pa.string():
+        return text
+    text = pc.ascii_trim_whitespace(text)
+    text = pc.if_else(pc.equal(text, ""), None, text)
+    return to_times(text) if kind == TIME_TYPE else text.cast(kind)
+
+
+def _misfit(value: bytes, wanted: pa.Field) -> BadRow:
+    try:
+        text = value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return BadRow("utf-8", f"column {wanted.name[:80]!r} is not UTF-8: {error.reason} at its byte {error.start}")
+    return BadRow("type", f"column {wanted.name[:80]!r} holds {text[:40]!r}, expected {type_word(wanted.type)}")
