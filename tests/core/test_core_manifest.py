@@ -101,7 +101,7 @@ def test_a_root_is_canonical_json() -> None:
 
 def test_a_newer_format_says_so() -> None:
     data = encode_root(None, 1024, []).replace(FORMAT.encode(), b"millrace-manifest/2")
-    with pytest.raises(Corrupt, match="format 'millrace-manifest/2'; this Millrace reads 'millrace-man.*/1': upgrade"):
+    with pytest.raises(Corrupt, match=r"format 'millrace-manifest/2'; this Millrace reads 'millrace-man.*/1': upgrade"):
         decode_root(data)
 
 

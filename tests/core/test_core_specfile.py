@@ -197,7 +197,7 @@ def test_an_alias_inside_of_itself_is_refused() -> None:
 
 
 def test_endless_nesting_is_refused() -> None:
-    assert "nested" in refusal(Pipeline, "sources: " + "[" * 3000)
+    assert "nested" in refusal(Pipeline, "sources: " + "[" * 100_000)
     assert "nested" in refusal(Pipeline, "a: " + "[" * 60 + "]" * 60)
 
 

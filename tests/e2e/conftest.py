@@ -133,14 +133,15 @@ class Run:
         """How many tasks the ledger of ``run`` holds."""
 
         async def count() -> int:
-            coord = SqliteCoordination(self.folder / ".millrace" / "coord.db")
+            coord = SqliteCoordination(file)
             try:
                 pages = await coord.list(f"{run_prefix(run)}ledger/{phase}", limit=1000)
                 return sum(len(json.loads(page.value)) for page in pages)
             finally:
                 await coord.aclose()
 
-        return asyncio.run(count())
+        file = self.folder / ".millrace" / "coord.db"
+        return asyncio.run(count()) if file.exists() else 0
 
     def until(self, true: Callable[[], bool], what: str) -> None:
         """Wait until it is, or fail with what the process said."""
@@ -150,7 +151,7 @@ class Run:
                 self.kill()
                 out, err = self.process.communicate()
                 pytest.fail(f"{what} did not happen: exit {self.process.returncode}\n{out}\n{err}")
-            time.sleep(0.02)
+            time.sleep(0.05)
 
     def until_tasks(self, count: int, run: int = 1, phase: str = "") -> None:
         """Wait until the ledger holds so many tasks."""
@@ -171,7 +172,7 @@ class Run:
         try:
             os.killpg(self.process.pid, number)
         except ProcessLookupError:
-            pass
+            pass  # it ended by itself
 
     def end(self, *, timeout: float = PATIENCE_S) -> Said:
         """Wait for the end; nothing it started may live on."""

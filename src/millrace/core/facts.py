@@ -50,9 +50,9 @@ def decode(kind: type[F], value: bytes, *, key: str) -> F:
         return kind.model_validate_json(value)
     except ValidationError as error:
         detail = error.errors(include_url=False)[0]
-        where = ".".join(str(p) for p in detail["loc"])
+        where = f"{'.'.join(str(p) for p in detail['loc'])}: " if detail["loc"] else ""
         raise CoordError(
-            f"the record at {key} is not a {kind.__name__} this version can read: {where}{': ' if where else ''}{detail['msg']}"
+            f"the record at {key} is not a {kind.__name__} this version can read: {where}{detail['msg']}"
         ) from error
 
 

@@ -38,12 +38,9 @@ def parse_spec(model: type[M], text: str, *, file: str) -> M:
         raise SpecError(f"{file}: {len(text)} characters are more than a spec can need; is it the right file?")
     lines: dict[Path, int] = {}
     try:
+        _check_depth(text, file)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         data = _build(node, (), lines, file) if node is not None else None
-    except RecursionError as error:
-        raise SpecError(
-            f"{file}: values are nested too deeply; {_DEPTH_MAX} levels are the most there can be"
-        ) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{file}:{mark.line + 1}" if mark else file
@@ -70,6 +67,19 @@ def locate(text: str, dotted: str) -> int:
         _build(node, (), lines, "")
     path = tuple(int(part) if part.isdigit() else part for part in dotted.split("."))
     return _line(path, lines)
+
+
+def _check_depth(text: str, file: str) -> None:
+    """Refuse brackets without end before they are composed, which recurses."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > _DEPTH_MAX:
+            line = event.start_mark.line + 1
+            raise SpecError(f"{file}:{line}: file: values are nested more than {_DEPTH_MAX} deep")
 
 
 def _build(node: yaml.Node, path: Path, lines: dict[Path, int], file: str) -> Any:

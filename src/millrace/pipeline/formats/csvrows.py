@@ -151,26 +151,20 @@ class RowParser:
 
     def _typed(self, column: pa.Array, wanted: pa.Field, whole: _Found) -> pa.Array:
         """The column as its type; values that don't fit are null, and their rows bad."""
+
+        def misfit(row: int) -> None:
+            whole.bad.setdefault(int(whole.rows[row]), _misfit(column[row].as_py(), wanted))
+
         if wanted.type == pa.binary():
             return column
-        try:
-            return _cast(column, wanted.type)
-        except pa.ArrowInvalid:
-            pass
-        pieces: dict[int, pa.Array] = {}
-        waiting = [(0, len(column))]
-        while waiting:
-            start, end = waiting.pop()
-            try:
-                pieces[start] = _cast(column.slice(start, end - start), wanted.type)
-            except pa.ArrowInvalid:
-                if end - start > 1:
-                    half = (start + end) // 2
-                    waiting += [(half, end), (start, half)]
-                else:
-                    pieces[start] = pa.nulls(1, wanted.type)
-                    whole.bad.setdefault(int(whole.rows[start]), _misfit(column[start].as_py(), wanted))
-        return pa.concat_arrays([pieces[start] for start in sorted(pieces)])
+        text = _by_halves(column, pa.string(), lambda part: part.cast(pa.string()), misfit)
+        if wanted.type == pa.string():
+            return text
+        text = pc.ascii_trim_whitespace(text)
+        text = pc.if_else(pc.equal(text, ""), None, text)
+        if wanted.type == TIME_TYPE:
+            return _by_halves(text, TIME_TYPE, to_times, misfit)
+        return _by_halves(text, wanted.type, lambda part: part.cast(wanted.type), misfit)
 
     def _why(self, raw: memoryview) -> BadRow:
         """What is wrong with a row that isn't one."""
@@ -183,13 +177,24 @@ def _one(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
-def _cast(raw: pa.Array, kind: pa.DataType) -> pa.Array:
-    text = raw.cast(pa.string())
-    if kind == pa.string():
-        return text
-    text = pc.ascii_trim_whitespace(text)
-    text = pc.if_else(pc.equal(text, ""), None, text)
-    return to_times(text) if kind == TIME_TYPE else text.cast(kind)
+def _by_halves(
+    values: pa.Array, kind: pa.DataType, convert: Callable[[pa.Array], pa.Array], misfit: Callable[[int], None]
+) -> pa.Array:
+    """``convert`` all values; those it refuses are null in what comes back, and ``misfit`` is told of each."""
+    pieces: list[pa.Array] = []
+    waiting = [(0, len(values))]
+    while waiting:
+        start, end = waiting.pop()
+        try:
+            pieces.append(convert(values.slice(start, end - start)))
+        except pa.ArrowInvalid:
+            if end - start > 1:
+                half = (start + end) // 2
+                waiting += [(half, end), (start, half)]
+            else:
+                pieces.append(pa.nulls(1, kind))
+                misfit(start)
+    return pieces[0] if len(pieces) == 1 else pa.concat_arrays(pieces)
 
 
 def _misfit(value: bytes, wanted: pa.Field) -> BadRow:

@@ -1,0 +1,1 @@
+"""Measurements of Millrace beside other tools. See bench/README.md."""

@@ -1,0 +1,1 @@
+"""One module a contestant, run in a process of its own: ``python -m bench.contestants.NAME run|tally ...``."""
