@@ -144,11 +144,13 @@ def test_who_may_import_whom() -> None:
 def test_the_contracts_say_what_the_design_says() -> None:
     contracts = PYPROJECT["tool"]["importlinter"]["contracts"]
     layers = next(c["layers"] for c in contracts if c["type"] == "layers")
-    order = [{part.strip().removeprefix("millrace.") for part in layer.split("|")} for layer in layers]
-    assert [sorted(layer) for layer in order] == [
+    # What stands in parentheses may be missing: rooms that come later.
+    order = [{part.strip(" ()").removeprefix("millrace.") for part in layer.split("|")} for layer in layers]
+    built = [sorted(name for name in layer if (ROOT / "src" / "millrace" / name).exists()) for layer in order]
+    assert [layer for layer in built if layer] == [
         ["cli"],
         ["wiring"],
-        ["agent", "catalog", "client", "control"],
+        ["agent", "catalog", "control"],
         ["coord", "decide", "pipeline", "stores"],
         ["telemetry"],
         ["core"],
@@ -170,7 +172,7 @@ def test_the_contracts_say_what_the_design_says() -> None:
 def test_every_package_has_its_layer() -> None:
     contracts = PYPROJECT["tool"]["importlinter"]["contracts"]
     layers = " | ".join(next(c["layers"] for c in contracts if c["type"] == "layers"))
-    named = {part.strip().removeprefix("millrace.") for part in layers.split("|")}
+    named = {part.strip(" ()").removeprefix("millrace.") for part in layers.split("|")}
     there = {f.parent.name for f in (ROOT / "src" / "millrace").glob("*/__init__.py")}
     assert there <= named, f"no layer is named for {sorted(there - named)}"
 

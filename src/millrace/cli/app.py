@@ -7,7 +7,10 @@ Errors go to stderr as sentences that name the thing and the way out; with ``--j
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import typer
@@ -32,23 +35,48 @@ app = typer.Typer(
 )
 
 
-def perform(output: Output, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run a command's coroutine; an error of ours becomes its sentence and its exit code."""
+def perform(output: Output, work: Callable[[], Coroutine[Any, Any, T]], *, interrupted: str = "interrupted") -> T:
+    """Run a command's coroutine; an error of ours becomes its sentence and its exit code.
+
+    Args:
+        output: Where the sentence goes.
+        work: The command.
+        interrupted: What to say when Ctrl-C or SIGTERM ended it.
+    """
     try:
-        return asyncio.run(work())
+        with _terminated_like_interrupted():
+            return asyncio.run(work())
     except MillraceError as error:
         output.error(error)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        output.say("interrupted")
+        output.say(interrupted)
         raise typer.Exit(INTERRUPTED) from None
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM, as supervisors send it, ends a command as Ctrl-C does: what it holds is let go of."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        signal.signal(signal.SIGTERM, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def main() -> None:
     """The entry point."""
-    import millrace.cli.catalog
-    import millrace.cli.demo
-    import millrace.cli.init
-    import millrace.cli.runs  # noqa: F401
+    try:
+        import millrace.cli.catalog
+        import millrace.cli.demo
+        import millrace.cli.init
+        import millrace.cli.runs  # noqa: F401
+    except KeyboardInterrupt:  # the libraries take a second to load
+        sys.exit(INTERRUPTED)
 
     app()

@@ -25,6 +25,7 @@ from millrace.cli.live import byte_progress
 from millrace.cli.options import JsonOption, WorldOption
 from millrace.cli.output import Output
 from millrace.cli.runs import when
+from millrace.core.errors import MillraceError
 from millrace.core.facts import VersionRecord
 from millrace.core.units import format_bytes, parse_duration_s, parse_size
 from millrace.pipeline.export import open_exporter
@@ -228,26 +229,33 @@ def rm(
     """Remove a version, or a dataset with all of them. Its shards go later, with `millrace gc`."""
     output = Output(as_json=as_json)
 
-    async def work() -> tuple[tuple[VersionRecord, ...], GcReport]:
+    async def work() -> tuple[tuple[VersionRecord, ...], GcReport | None]:
         async with open_world(world) as opened:
             record = await resolve(opened.coord, dataset)
             what = dataset if "@" in dataset else f"all versions of {record.dataset}"
             if not yes and not as_json:
                 typer.confirm(f"remove {what}?", abort=True, err=True)
             gone = await remove(opened.coord, dataset)
-            marked = await mark(
-                opened.coord, opened.stores, opened.sites, opened.work, who=this_holder(), clock=opened.clock
-            )
+            try:
+                marked = await mark(
+                    opened.coord, opened.stores, opened.sites, opened.work, who=this_holder(), clock=opened.clock
+                )
+            except MillraceError as error:  # it is removed all the same; the next gc marks
+                output.say(f"note: its objects were not marked yet: {error}")
+                return gone, None
             return gone, marked
 
     gone, marked = perform(output, work)
-    output.document({"removed": [r.model_dump(mode="json") for r in gone], "marked": _gc_json(marked)})
+    output.document(
+        {"removed": [r.model_dump(mode="json") for r in gone], "marked": _gc_json(marked) if marked else None}
+    )
     for record in gone:
         output.line(f"removed {record.dataset}@{record.version} {record.digest[:16]}")
-    output.line(
-        f"{marked.marked_objects} objects are no longer named by anything; "
-        "millrace gc deletes them after its grace time"
-    )
+    if marked is not None:
+        output.line(
+            f"{marked.marked_objects} objects are no longer named by anything; "
+            "millrace gc deletes them after its grace time"
+        )
 
 
 @app.command()

@@ -47,7 +47,8 @@ def run(
             with RunView(output, planned) as view:
                 return await run_planned(opened, planned, options, begun=view.begun, observe=view.update)
 
-    result = perform(output, work)
+    goes_on = f"interrupted; what was finished is kept, and millrace run {pipeline} goes on from there"
+    result = perform(output, work, interrupted=goes_on)
     _show_report(output, result.report, str(pipeline))
     output.document(result.report.model_dump(mode="json") | {"stages": _stages(result.report)})
     code = INTERRUPTED if result.interrupted else result.exit_code

@@ -88,6 +88,7 @@ class RunLoop:
         rules: What the scheduler goes by.
         bytes_total: Of input, for the progress.
         lease: The run's lease, already held; renewed here.
+        also_renew: Other leases to keep alive: that of the dataset.
         observe: Called with every new progress, several times a second.
     """
 
@@ -104,6 +105,7 @@ class RunLoop:
         node: str,
         slots: int,
         observe: Callable[[RunProgress], None],
+        also_renew: Sequence[Lease] = (),
     ) -> None:
         self._run = run
         self._phases = tuple(phases)
@@ -112,6 +114,7 @@ class RunLoop:
         self._fleet = fleet
         self._clock = clock
         self._lease = lease
+        self._others = list(also_renew)
         self._node = NodeJoined(node, slots)
         self._ledger = Ledger(run, coord, lease)
         self._meter = ProgressMeter(self._phases, rules.bytes_total, slots, clock)
@@ -234,7 +237,8 @@ class RunLoop:
         while True:
             await asyncio.sleep(_RENEW_S)
             try:
-                self._lease = await self._coord.renew(self._lease, LEASE_TTL_MS, now_ms=self._clock.now_ms())
+                for lease in (self._lease, *self._others):
+                    await self._coord.renew(lease, LEASE_TTL_MS, now_ms=self._clock.now_ms())
             except Fenced as error:
                 raise Fenced(
                     f"run {self._run} was taken over by another process; this one stops without changing anything"

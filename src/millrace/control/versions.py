@@ -95,58 +95,67 @@ async def commit_version(
         CoordError: the facts at hand contradict those in the store.
     """
     await _write_pages(coord, manifest, pages, meta, guard)
+    record = VersionRecord(
+        dataset=dataset,
+        version=0,
+        digest=manifest,
+        run=run,
+        created_at_ms=created_at_ms,
+        rows=rows,
+        bytes=size_bytes,
+        shards=shards,
+        placement=dict(placement),
+        lineage=lineage,
+    )
     for _ in range(_HEAD_ATTEMPTS):
-        head_key, counter_key = dataset_head(dataset), version_counter(dataset)
-        head, counter = await coord.get(head_key), await coord.get(counter_key)
-        ref = None if head is None else decode(VersionRef, head.value, key=head_key)
-        if ref is not None:
-            there = await _there_already(coord, dataset, ref, manifest, run)
-            if there is not None:
-                return there, there.run != run
-            if ref.digest == manifest:
-                continue  # its record was removed between the two looks: the head has moved
-        number = 1 + max(ref.version if ref else 0, _count(counter.value, counter_key) if counter else 0)
-        record = VersionRecord(
-            dataset=dataset,
-            version=number,
-            digest=manifest,
-            run=run,
-            created_at_ms=created_at_ms,
-            rows=rows,
-            bytes=size_bytes,
-            shards=shards,
-            placement=dict(placement),
-            lineage=lineage,
-        )
-        writes = {
-            dataset_version(dataset, number): encode(record),
-            head_key: encode(VersionRef(version=number, digest=manifest)),
-            counter_key: str(number).encode(),
-        }
-        compares = [
-            Compare(dataset_version(dataset, number), 0),
-            Compare(head_key, head.revision if head else 0),
-            Compare(counter_key, counter.revision if counter else 0),
-        ]
         try:
-            await coord.commit([Write(k, v) for k, v in writes.items()], compares=compares, guard=guard)
+            return await _move_head(coord, record, guard)
         except Conflict:
             continue
-        return record, False
     raise Conflict(f"the head of dataset {dataset} moved {_HEAD_ATTEMPTS} times while run {run} added a version")
 
 
-async def _there_already(
-    coord: Coordination, dataset: str, head: VersionRef, manifest: Digest, run: int
-) -> VersionRecord | None:
-    """The head's record if it names ``manifest``, else the one this run made before it was killed."""
+async def _move_head(coord: Coordination, record: VersionRecord, guard: Lease) -> tuple[VersionRecord, bool]:
+    """One attempt at giving ``record`` the next number and making it the head.
+
+    Raises:
+        Conflict: the head moved meanwhile.
+    """
+    head_key, counter_key = dataset_head(record.dataset), version_counter(record.dataset)
+    head, counter = await coord.get(head_key), await coord.get(counter_key)
+    ref = None if head is None else decode(VersionRef, head.value, key=head_key)
+    if ref is not None:
+        there = await _there_already(coord, record, ref)
+        if there is not None:
+            return there, there.run != record.run
+        if ref.digest == record.digest:
+            raise Conflict(f"{head_key} names a version that was removed between two looks")
+    number = 1 + max(ref.version if ref else 0, _count(counter.value, counter_key) if counter else 0)
+    numbered = record.model_copy(update={"version": number})
+    version_key = dataset_version(record.dataset, number)
+    writes = [
+        Write(version_key, encode(numbered)),
+        Write(head_key, encode(VersionRef(version=number, digest=record.digest))),
+        Write(counter_key, str(number).encode()),
+    ]
+    compares = [
+        Compare(version_key, 0),
+        Compare(head_key, head.revision if head else 0),
+        Compare(counter_key, counter.revision if counter else 0),
+    ]
+    await coord.commit(writes, compares=compares, guard=guard)
+    return numbered, False
+
+
+async def _there_already(coord: Coordination, wanted: VersionRecord, head: VersionRef) -> VersionRecord | None:
+    """The head's record if it names the same manifest, else the one this run made before it was killed."""
     for number in range(head.version, max(0, head.version - _LOOK_BACK), -1):
-        key = dataset_version(dataset, number)
+        key = dataset_version(wanted.dataset, number)
         entry = await coord.get(key)
         if entry is None:
             continue
         record = decode(VersionRecord, entry.value, key=key)
-        if record.digest == manifest and (number == head.version or record.run == run):
+        if record.digest == wanted.digest and (number == head.version or record.run == wanted.run):
             return record
     return None
 

@@ -3,6 +3,7 @@
 Coordination::
 
     counters/runs                               the last run id
+    counters/datasets/<name>                    the highest version number a dataset ever had
     datasets/<name>/head                        VersionRef: the newest version
     datasets/<name>/versions/<8 digits>         VersionRecord
     runs/<8 digits>/record                      RunRecord

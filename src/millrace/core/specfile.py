@@ -78,7 +78,7 @@ def _check_depth(text: str, file: str) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         if depth > _DEPTH_MAX:
-            line = event.start_mark.line + 1
+            line = event.start_mark.line + 1 if event.start_mark else 1
             raise SpecError(f"{file}:{line}: file: values are nested more than {_DEPTH_MAX} deep")
 
 

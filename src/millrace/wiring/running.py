@@ -114,6 +114,7 @@ async def run_planned(
             fleet=fleet,
             clock=clock,
             lease=mine.lease,
+            also_renew=[mine.dataset_lease],
             node=_NODE,
             slots=options.workers,
             observe=observe,
@@ -173,17 +174,18 @@ def _no_deadline(_what: str, _limit_s: float) -> Iterator[None]:
 def _interruptible(loop: RunLoop) -> Iterator[None]:
     """Ctrl-C and SIGTERM stop the run: what is done stays done, what is in flight is abandoned."""
     running = asyncio.get_running_loop()
-    signals: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for number in signals:
+        for number in before:
             running.add_signal_handler(number, loop.interrupt)
     except (RuntimeError, ValueError):
-        signals = ()  # not the main thread: whoever called us decides what a signal does
+        before = {}  # not the main thread: whoever called us decides what a signal does
     try:
         yield
     finally:
-        for number in signals:
+        for number, handler in before.items():
             running.remove_signal_handler(number)
+            signal.signal(number, handler)  # removing alone would leave the system's default, not what was there
 
 
 async def _commit(world: OpenWorld, planned: Planned, mine: Begun, persisted: TaskFacts) -> tuple[VersionRecord, bool]:
@@ -201,7 +203,8 @@ async def _commit(world: OpenWorld, planned: Planned, mine: Begun, persisted: Ta
         lineage=mine.record.lineage,
         pages=[decode_page(p, key=f"page {i}") for i, p in enumerate(persisted.pages)],
         meta=ReplicaPage(entries=tuple(e for page in meta for e in page.entries)),
-        guard=mine.lease,
+        # The dataset's, not the run's: a run that was superseded while it slept must not add a version.
+        guard=mine.dataset_lease,
     )
 
 

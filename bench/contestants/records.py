@@ -1,0 +1,43 @@
+"""Grain's ArrayRecord: a file for each input file, a record a row, uncompressed; then a SHA-256 of each file.
+
+``group_size:1`` is what Grain asks for, since it reads records one by one. Writing is threaded inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from bench.digests import Tally, files_in, sha256_files
+from bench.entry import Job, enter
+from bench.tokens import ROW_BYTES, column_bytes, columns
+
+
+def work(job: Job) -> Mapping[str, Any]:
+    for path in job.inputs:
+        writer = ArrayRecordWriter(str(job.out / f"{path.stem}.array_record"), "group_size:1,uncompressed")
+        for column in columns(path):
+            data = column_bytes(column)
+            for at in range(0, len(data), ROW_BYTES):
+                writer.write(bytes(data[at : at + ROW_BYTES]))
+        writer.close()
+    sha256_files(files_in(job.out), job.workers)
+    return {}
+
+
+def tally(job: Job) -> list[Tally]:
+    found = Tally()
+    for path in files_in(job.out):
+        reader = ArrayRecordReader(str(path))
+        for _ in range(0, reader.num_records(), 1024):
+            for row in reader.read(range(_, min(_ + 1024, reader.num_records()))):
+                found.add_rows(memoryview(row), ROW_BYTES)
+        reader.close()
+    return [found]
+
+
+if __name__ == "__main__":
+    enter(work, tally, versions=f"array_record {version('array_record')}")
