@@ -37,7 +37,7 @@ def contestants() -> list[Contestant]:
         Contestant("WebDataset ShardWriter", "wds", torch, ("webdataset", "pyarrow")),
         Contestant("HF datasets, from_parquet", "hf", torch, ("datasets", "pyarrow"), "parquet"),
         Contestant("HF datasets, from_generator", "hf", torch, ("datasets", "pyarrow"), "generator"),
-        Contestant("Grain ArrayRecord", "records", grain, ("array_record", "pyarrow")),
+        Contestant("Grain ArrayRecord", "arrayrecord", grain, ("array_record", "pyarrow")),
         Contestant("Ray Data", "raydata", ray, ("ray", "pyarrow")),
     ]
 

@@ -79,7 +79,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 @contextlib.contextmanager
 def take(given: argparse.Namespace) -> Iterator[Command]:
     """Set up, and give the results out at the end, also when it is interrupted."""
-    command = Command(given.dir.resolve(), given.rounds, given.seed, given.only, Console(stderr=True, width=130))
+    folder = given.dir.resolve() / "millrace-bench"  # ours: it may be deleted
+    command = Command(folder, given.rounds, given.seed, given.only, Console(stderr=True, width=130))
     command.scratch.mkdir(parents=True, exist_ok=True)
     try:
         yield command

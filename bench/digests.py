@@ -29,7 +29,7 @@ class Tally:
 
     def add_rows(self, data: memoryview, row_bytes: int) -> None:
         """Rows of ``row_bytes`` bytes each, laid end to end."""
-        view = memoryview(data).cast("B")
+        view = data.cast("B")
         if len(view) % row_bytes:
             raise ValueError(f"{len(view)} bytes are not rows of {row_bytes}")
         for at in range(0, len(view), row_bytes):

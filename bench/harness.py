@@ -27,7 +27,18 @@ from bench.digests import Tally, files_in
 from bench.entry import MARK
 from bench.memory import MemoryPeak, TreeWatch, adopt_orphans, descendants
 
-__all__ = ["ROOT", "Contestant", "Entry", "Failed", "Plan", "Run", "missing", "measure"]
+__all__ = [
+    "ROOT",
+    "Contestant",
+    "Entry",
+    "Failed",
+    "Plan",
+    "Run",
+    "interpreter",
+    "measure",
+    "missing",
+    "own_interpreter",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 _MB = 1_000_000

@@ -74,21 +74,21 @@ def of_records(name: str, title: str, entries: Sequence[Entry], rows: int, again
     return Table(name, title, head, _body(entries, line, len(head)), _notes(entries))
 
 
-def of_copies(name: str, title: str, entries: Sequence[Entry], total_bytes: int, against: str) -> Table:
+def of_copies(name: str, title: str, entries: Sequence[Entry], total_bytes: int, against: Sequence[str]) -> Table:
     """Seconds and GB of source a second, fastest first.
 
     Args:
-        against: The contestant that is 1.00.
+        against: The contestants whose time is 1.00, a column each.
     """
-    base = _seconds_of(entries, against)
+    bases = [_seconds_of(entries, name) for name in against]
 
     def line(entry: Entry) -> tuple[str, ...]:
-        ratio = f"{entry.seconds / base:.2f}" if base else "-"
+        ratios = [f"{entry.seconds / base:.2f}" if base else "-" for base in bases]
         low, high = entry.span
         gigabytes = total_bytes / entry.seconds / 1e9
-        return (f"{entry.seconds:.2f}", f"{low:.2f} to {high:.2f}", f"{gigabytes:.2f}", ratio, *_memory(entry))
+        return (f"{entry.seconds:.2f}", f"{low:.2f} to {high:.2f}", f"{gigabytes:.2f}", *ratios, *_memory(entry))
 
-    head = ("", "s", "min to max", "GB/s", "x bare loop", "peak MB", "anonymous", "mapped")
+    head = ("", "s", "min to max", "GB/s", *(f"x {name}" for name in against), "peak MB", "anonymous", "mapped")
     return Table(name, title, head, _body(entries, line, len(head)), _notes(entries))
 
 
@@ -122,9 +122,8 @@ def _notes(entries: Sequence[Entry]) -> tuple[str, ...]:
         notes.append(f"Runs of each: {max(len(entry.runs) for entry in done)}.")
         versions = sorted({str(entry.runs[0].notes["versions"]) for entry in done})
         notes.append(f"Versions: {'; '.join(versions)}.")
-    for entry in done:
-        if entry.startup is not None:
-            notes.append(f"{entry.contestant.name}: {entry.startup:.1f} s of it are starting up.")
+    started = [(entry.contestant.name, entry.startup) for entry in done if entry.startup is not None]
+    notes += [f"{name}: {seconds:.1f} s of it are starting up." for name, seconds in started]
     notes += [f"{entry.contestant.name}: skipped, {entry.skipped}." for entry in entries if entry.skipped]
     notes += [f"{entry.contestant.name}: failed, {entry.failed}" for entry in entries if entry.failed]
     return tuple(notes)
@@ -132,7 +131,7 @@ def _notes(entries: Sequence[Entry]) -> tuple[str, ...]:
 
 def show(console: Console, table: Table) -> None:
     """Draw it."""
-    drawn = RichTable(title=table.title, title_justify="left")
+    drawn = RichTable(title=table.title, title_justify="left", min_width=min(120, len(table.title)))
     for i, name in enumerate(table.head):
         drawn.add_column(name, justify="right" if i else "left")
     for row in table.rows:
@@ -147,7 +146,9 @@ def write_page(page: Path, tables: Sequence[Table]) -> list[str]:
     text = page.read_text(encoding="utf-8")
     lost = []
     for table in tables:
-        place = re.compile(rf"(<!-- table: {re.escape(table.name)} -->\n).*?(<!-- end: {re.escape(table.name)} -->)", re.S)
+        place = re.compile(
+            rf"(<!-- table: {re.escape(table.name)} -->\n).*?(<!-- end: {re.escape(table.name)} -->)", re.S
+        )
         content = f"{table.markdown()}\n"
         text, found = place.subn(lambda match, content=content: match[1] + content + match[2], text)  # type: ignore[misc]
         if not found:

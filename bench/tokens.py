@@ -60,7 +60,7 @@ def make_rows(folder: Path, layout: str, count: int) -> Tally:
     for i, first in enumerate(range(0, count, FILE_ROWS)):
         size = min(FILE_ROWS, count - first)
         tokens = rng.integers(0, VOCABULARY, (size, ROW_TOKENS), dtype=np.uint16)
-        tally.add_rows(memoryview(tokens).cast("B"), ROW_BYTES)
+        tally.add_rows(tokens.data.cast("B"), ROW_BYTES)
         pq.write_table(pa.table({COLUMN: _array(tokens, layout)}), inputs / f"part-{i:05}.parquet")
     note.write_text(json.dumps(tally.plain()))
     return tally

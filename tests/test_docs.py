@@ -98,7 +98,9 @@ def blocks(page: Path) -> Iterator[Block]:
 # --- what is shown is run -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", PAGES, ids=_name)
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("page", [p for p in PAGES if any(blocks(p))], ids=_name)
 def test_a_page_does_what_it_shows(page: Path, tmp_path: Path) -> None:
     folder = tmp_path
     for block in blocks(page):

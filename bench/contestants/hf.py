@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import datasets
+import datasets  # type: ignore[import-not-found,unused-ignore]
 
 from bench.digests import Tally, files_in, sha256_files
 from bench.entry import Job, enter

@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import litdata
+import litdata  # type: ignore[import-not-found,unused-ignore]
 import torch
-from litdata.streaming.item_loader import TokensLoader
+from litdata.streaming.item_loader import TokensLoader  # type: ignore[import-not-found,unused-ignore]
 
 from bench.digests import Tally, files_in, sha256_files
 from bench.entry import Job, enter

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 try:
-    import torchvision  # noqa: F401
+    import torchvision  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
 except RuntimeError:  # one built for another torch: the operators it looks for are declared, and not used here
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]

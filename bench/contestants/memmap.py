@@ -24,7 +24,7 @@ def work(job: Job) -> Mapping[str, Any]:
         for column in columns(path):
             values = matrix(column)
             made[at : at + len(values)] = values
-            digest.update(memoryview(values).cast("B"))
+            digest.update(values.data)
             at += len(values)
     made.flush()
     (job.out / "tokens.sha256").write_text(digest.hexdigest())
@@ -34,9 +34,9 @@ def work(job: Job) -> Mapping[str, Any]:
 def tally(job: Job) -> list[Tally]:
     found = Tally()
     data = np.memmap(job.out / "tokens.bin", np.uint16, "r")
-    if (job.out / "tokens.sha256").read_text() != hashlib.sha256(data).hexdigest():
+    if (job.out / "tokens.sha256").read_text() != hashlib.sha256(data.data).hexdigest():
         raise ValueError("the digest is not the file's")
-    found.add_rows(memoryview(data).cast("B"), ROW_BYTES)
+    found.add_rows(data.data, ROW_BYTES)
     return [found]
 
 

@@ -17,13 +17,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from millrace.wiring.planning import make_plan
-from millrace.wiring.running import RunOptions, run_planned
-from millrace.wiring.world import open_world
-
 from bench.digests import Tally, files_in
 from bench.entry import Job, enter, lap
 from bench.tokens import COLUMN, add_column
+from millrace.wiring.planning import make_plan
+from millrace.wiring.running import RunOptions, run_planned
+from millrace.wiring.world import open_world
 
 
 def work(job: Job) -> Mapping[str, Any]:

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyarrow.parquet as pq
-import ray
-import ray.data
+import ray  # type: ignore[import-not-found,unused-ignore]
+import ray.data  # type: ignore[import-not-found,unused-ignore]
 
 from bench.digests import Tally, files_in, sha256_files
 from bench.entry import Job, enter, lap

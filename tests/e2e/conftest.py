@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import json
 import os
@@ -159,9 +160,13 @@ class Run:
             lambda: self.process.poll() == 0 or self.finished_tasks(run, phase) >= count, f"task {count} of run {run}"
         )
 
+    def processes(self) -> list[tuple[int, str]]:
+        """(pid, command line) of all that it started and that lives."""
+        return session_of(self.process.pid)
+
     def workers(self) -> list[int]:
         """The worker processes."""
-        return [pid for pid, line in session_of(self.process.pid) if "multiprocessing-fork" in line]
+        return [pid for pid, line in self.processes() if "multiprocessing-fork" in line]
 
     def until_workers(self, count: int) -> None:
         """Wait until so many worker processes are there."""
@@ -169,10 +174,8 @@ class Run:
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
         """A signal to the whole process group, as a terminal sends it."""
-        try:
+        with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
             os.killpg(self.process.pid, number)
-        except ProcessLookupError:
-            pass  # it ended by itself
 
     def end(self, *, timeout: float = PATIENCE_S) -> Said:
         """Wait for the end; nothing it started may live on."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ Write = Callable[..., str]
 Launch = Callable[..., Any]
 
 FILES = 8
+HEARD_S = 2.0
+"""By then a run has heard what was asked of it: twice what it promises."""
 GATED = (
     "import pathlib, time\n"
     "gate = pathlib.Path({!r})\n"
@@ -41,14 +43,14 @@ def name(pipeline: Write, gate: Path) -> str:
 
 
 @pytest.fixture
-def working(launch: Launch, name: str, gate: Path) -> Iterator[Any]:
+def working(launch: Launch, name: str, gate: Path) -> Any:
     """A run of 8 chunks by one worker, of which two are done and the third waits at the gate."""
     run = launch("run", name, "--workers", "1")
     run.begun()
     (gate / "0.txt").touch()
     (gate / "1.txt").touch()
     run.until_tasks(2)
-    yield run
+    return run
 
 
 def state(cli: Cli, run: int = 1) -> str:
@@ -63,6 +65,7 @@ def test_pause_lets_nothing_new_begin(working: Any, cli: Cli, gate: Path) -> Non
     said = cli("pause", "1")
     assert said.code == 0, said.err
     assert "run 1 is pausing" in said.out
+    time.sleep(HEARD_S)
     (gate / "all").touch()
     working.until_tasks(3)  # the one in flight is finished
     time.sleep(1.0)
@@ -86,7 +89,7 @@ def test_pause_lets_nothing_new_begin(working: Any, cli: Cli, gate: Path) -> Non
 def test_stop_finishes_what_is_in_flight(working: Any, cli: Cli, gate: Path, name: str) -> None:
     said = cli("stop", "1", "--json")
     assert said.json == {"run": 1, "asked": "stop"}
-    time.sleep(0.5)
+    time.sleep(HEARD_S)
     assert working.process.poll() is None, "a chunk is in flight"
     (gate / "all").touch()
     ended = working.end()
@@ -106,6 +109,7 @@ def test_stop_finishes_what_is_in_flight(working: Any, cli: Cli, gate: Path, nam
 
 def test_stop_and_ctrl_c_end_a_paused_run(working: Any, cli: Cli, gate: Path, launch: Launch, name: str) -> None:
     cli("pause", "1")
+    time.sleep(HEARD_S)
     (gate / "all").touch()
     working.until_tasks(3)
     assert cli("stop", "1").code == 0

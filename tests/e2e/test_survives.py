@@ -207,7 +207,7 @@ def test_one_ctrl_c_after_the_other(launch: Launch, cli: Cli, folder: Path, pipe
         run.kill(signal.SIGINT)
         time.sleep(pause_s)
     said = run.end()
-    assert said.code == 130, said.err
+    assert said.code in {130, -signal.SIGINT}, said.err  # the latter when all is said and Python is on its way out
     assert "goes on from there" in said.err
     assert "Traceback" not in said.err
     assert cli("status", "1", "--json").json["state"] in {"stopped", "interrupted"}

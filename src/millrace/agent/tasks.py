@@ -58,7 +58,6 @@ T = TypeVar("T")
 _QUARANTINE_KEPT = 1000
 """Bad records of one chunk that are named; all of them are counted."""
 _SCHEMA_BYTES = 200
-_SCHEMA_LETTERS = 200
 """Of a schema's words that go into the ledger with each chunk."""
 _READ_AHEAD = 16
 """Task outputs fetched at once when they are read in order."""
@@ -416,9 +415,3 @@ def _named(schema: pa.Schema) -> str:
         return words
     beginning = words.encode()[: _SCHEMA_BYTES // 2].decode(errors="ignore")
     return f"{beginning}... ({len(schema)} columns, {digest_of(words.encode())[:16]})"
-
-
-def _schema_text(schema: pa.Schema) -> str:
-    """The schema in words, for comparing and for sentences; a very wide one is cut and told apart by its digest."""
-    text = ", ".join(str(field) for field in schema)
-    return text if len(text) <= _SCHEMA_LETTERS else f"{text[:_SCHEMA_LETTERS]}... ({digest_of(text.encode())[:16]})"

@@ -28,6 +28,7 @@ _BINARY: Final[Mapping[pa.DataType, type[np.signedinteger[Any]]]] = {
     pa.large_string(): np.int64,
     pa.large_binary(): np.int64,
 }
+_UINTS: Final[Mapping[int, type[np.unsignedinteger[Any]]]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 def canonical(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -39,33 +40,19 @@ def canonical(batch: pa.RecordBatch) -> pa.RecordBatch:
     Raises:
         TransformError: a column is of a type without such a form (a union); names it.
     """
-    for field in batch.schema:
-        if not _has_form(field.type):
+    columns = []
+    for column, field in zip(batch.columns, batch.schema, strict=True):
+        try:
+            columns.append(_exact(column, field.type))
+        except _NoForm:
             raise TransformError(
                 f"column {field.name!r} is of type {field.type}, which shards don't hold; select the fields you need"
-            )
-    columns = [_exact(column, field.type) for column, field in zip(batch.columns, batch.schema, strict=True)]
+            ) from None
     return pa.RecordBatch.from_arrays(columns, schema=batch.schema)
 
 
-def _has_form(kind: pa.DataType) -> bool:
-    types = pa.types
-    nested = [kind.field(i).type for i in range(kind.num_fields)]
-    if types.is_struct(kind) or types.is_map(kind) or types.is_fixed_size_list(kind):
-        return all(map(_has_form, nested))
-    if types.is_list(kind) or types.is_large_list(kind):
-        return all(map(_has_form, nested))
-    return kind in _BINARY or types.is_null(kind) or (not nested and _bit_width(kind) > 0)
-
-
-def _bit_width(kind: pa.DataType) -> int:
-    """0 where values have no fixed width."""
-    if pa.types.is_dictionary(kind) or isinstance(kind, pa.BaseExtensionType):
-        return 0
-    try:
-        return int(kind.bit_width)
-    except ValueError:
-        return 0
+class _NoForm(Exception):
+    """A type, somewhere inside of a column, that is none of those below."""
 
 
 def _exact(array: pa.Array, kind: pa.DataType, *, all_valid: bool = False) -> pa.Array:
@@ -146,16 +133,30 @@ def _raw_offsets(array: pa.Array, width: type[np.signedinteger[Any]]) -> npt.NDA
 def _fixed_width(array: pa.Array, kind: pa.DataType, valid: Mask | None) -> pa.Buffer:
     if pa.types.is_boolean(kind):
         return _bitmap(pc.fill_null(array, False).to_numpy(zero_copy_only=False))
-    n, width = len(array), kind.bit_width // 8
+    n, width = len(array), _width(kind)
     buffer = array.buffers()[1]
     if n == 0 or buffer is None:
         return pa.py_buffer(b"")
     exact = buffer.slice(array.offset * width, n * width)
-    if valid is None or width == 0:
+    if valid is None:
         return exact
+    if width in _UINTS:
+        return pa.py_buffer(np.where(valid, np.frombuffer(exact, dtype=_UINTS[width]), _UINTS[width](0)))
     values = np.frombuffer(exact, dtype=np.uint8).reshape(n, width).copy()
     values[~valid] = 0
     return pa.py_buffer(values)
+
+
+def _width(kind: pa.DataType) -> int:
+    """Bytes in a value."""
+    is_other = kind.num_fields or pa.types.is_dictionary(kind) or isinstance(kind, pa.BaseExtensionType)
+    try:
+        width = 0 if is_other else int(kind.bit_width) // 8
+    except ValueError:  # a layout without a width, such as views
+        width = 0
+    if width == 0:
+        raise _NoForm
+    return width
 
 
 def _valid(array: pa.Array) -> Mask:

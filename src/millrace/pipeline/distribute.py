@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from millrace.core.errors import Corrupt, NotFound, PolicyRefused, StoreError
+from millrace.core.errors import Corrupt, NotFound, PolicyRefused, PreconditionFailed, StoreError
 from millrace.core.model import Digest, Receipt
 from millrace.core.ports import Bytes, Clock, Store
 
@@ -56,23 +56,34 @@ async def put_verified(store: Store, blob: Blob) -> None:
     """
     try:
         info = await store.head(blob.key)
-        if info.size_bytes == blob.size_bytes and await hash_object(store, blob.key, blob.size_bytes) == blob.digest:
+        if info.size_bytes == blob.size_bytes and await _is_true(store, blob):
             return
-    except (NotFound, Corrupt):
+    except NotFound:
         pass
     for _ in range(_WRITE_ATTEMPTS):
         await store.put(blob.key, blob.pieces)
-        try:
-            if await hash_object(store, blob.key, blob.size_bytes) == blob.digest:
-                return
-        except Corrupt:
-            continue
+        if await _is_true(store, blob):
+            return
     raise Corrupt(
         f"{blob.key} was written to {store.url} {_WRITE_ATTEMPTS} times and came back different each time; "
         "take the store out of the world and check its disk or service",
         store=store.url,
         key=blob.key,
     )
+
+
+async def _is_true(store: Store, blob: Blob) -> bool:
+    """Whether what is read back is what the digest names."""
+    for attempt in range(_WRITE_ATTEMPTS):
+        try:
+            return await hash_object(store, blob.key, blob.size_bytes) == blob.digest
+        except Corrupt:
+            return False
+        except PreconditionFailed:
+            # Another task that made the same shard wrote it again meanwhile; its bytes are the same. Read those.
+            if attempt == _WRITE_ATTEMPTS - 1:
+                raise
+    raise AssertionError("unreachable")
 
 
 class Distributor:

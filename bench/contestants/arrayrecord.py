@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter  # type: ignore[import-not-found,unused-ignore]
 
 from bench.digests import Tally, files_in, sha256_files
 from bench.entry import Job, enter
@@ -32,8 +32,9 @@ def tally(job: Job) -> list[Tally]:
     found = Tally()
     for path in files_in(job.out):
         reader = ArrayRecordReader(str(path))
-        for _ in range(0, reader.num_records(), 1024):
-            for row in reader.read(range(_, min(_ + 1024, reader.num_records()))):
+        count = reader.num_records()
+        for at in range(0, count, 1024):
+            for row in reader.read(range(at, min(at + 1024, count))):
                 found.add_rows(memoryview(row), ROW_BYTES)
         reader.close()
     return [found]
