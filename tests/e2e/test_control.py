@@ -95,7 +95,7 @@ def test_stop_finishes_what_is_in_flight(working: Any, cli: Cli, gate: Path, nam
     ended = working.end()
     assert ended.code == 1
     assert "run 1 was stopped" in ended.err
-    assert f"3 of {FILES} chunks are done and kept" in ended.err
+    assert f"3 of {FILES} chunks done and kept" in ended.err
     assert f"millrace run {name} goes on from there" in ended.err
     status = cli("status", "1", "--json").json
     assert (status["state"], status["report"]["chunks_done"]) == ("stopped", 3)

@@ -27,7 +27,7 @@ from millrace.cli.output import Output
 from millrace.cli.runs import when
 from millrace.core.errors import MillraceError
 from millrace.core.facts import VersionRecord
-from millrace.core.units import format_bytes, parse_duration_s, parse_size
+from millrace.core.units import count, format_bytes, parse_duration_s, parse_size
 from millrace.pipeline.export import open_exporter
 from millrace.wiring.clock import this_holder
 from millrace.wiring.world import OpenWorld, open_world
@@ -96,13 +96,13 @@ def show(dataset: ReferenceArgument, world: WorldOption = None, as_json: JsonOpt
     output.line(f"{found.dataset}@{found.version}  {found.digest}", style="bold")
     output.line(f"made      {when(found.created_at_ms)} by run {found.run}")
     output.line(
-        f"content   {found.rows:,} rows, {found.shards} shards, {format_bytes(found.bytes)}, "
+        f"content   {count(found.rows, 'row')}, {count(found.shards, 'shard')}, {format_bytes(found.bytes)}, "
         f"blocks of {found.block_rows} rows"
     )
     output.line(f"schema    {found.schema}".replace("\n", "\n          "))
     for source in found.lineage.sources:
         size = format_bytes(source["bytes"])
-        output.line(f"source    {source['url']} as {source['format']}: {source['objects']} objects, {size}")
+        output.line(f"source    {source['url']} as {source['format']}: {count(source['objects'], 'object')}, {size}")
     for transform in found.lineage.spec.get("transforms", []):
         output.line(f"transform {_brief(_told(transform))}")
     output.line("code      " + ", ".join(f"{name} {_brief(version)}" for name, version in found.lineage.code.items()))
@@ -215,8 +215,8 @@ def export(
 
     report = perform(output, work)
     output.document(asdict(report) | {"directory": str(directory), "format": format.value})
-    files = "1 file" if len(report.files) == 1 else f"{len(report.files)} files"
-    output.line(f"{report.rows:,} rows of {report.shards} shards in {files} under {directory}")
+    files = count(len(report.files), "file")
+    output.line(f"{count(report.rows, 'row')} of {count(report.shards, 'shard')} in {files} under {directory}")
 
 
 @app.command()
@@ -342,7 +342,7 @@ def _option(parse: Any, text: str, name: str) -> Any:
 
 
 def _extent(extent: Extent) -> str:
-    return f"{extent.shards} shards, {extent.rows:,} rows, {format_bytes(extent.bytes)}"
+    return f"{count(extent.shards, 'shard')}, {count(extent.rows, 'row')}, {format_bytes(extent.bytes)}"
 
 
 def _brief(value: object) -> str:

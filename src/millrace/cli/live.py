@@ -22,7 +22,7 @@ from rich.text import Text
 from millrace.cli.output import Output
 from millrace.control.runs import Begun
 from millrace.core.facts import RunProgress
-from millrace.core.units import format_bytes
+from millrace.core.units import count, format_bytes
 from millrace.wiring.planning import Planned
 
 __all__ = ["RunView", "byte_progress", "listing_progress"]
@@ -98,7 +98,7 @@ class RunView:
         record = begun.record
         how = "goes on" if begun.resumed else "begins"
         self._output.say(
-            f"run {record.run} of dataset {record.dataset} {how}: {len(planned.plan)} chunks, "
+            f"run {record.run} of dataset {record.dataset} {how}: {count(len(planned.plan), 'chunk')}, "
             f"{format_bytes(planned.plan.total_bytes)}"
         )
         if self._progress is not None:

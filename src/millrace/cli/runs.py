@@ -15,7 +15,7 @@ from millrace.cli.output import Output
 from millrace.control.runs import RunStatus, ask, list_runs, run_status
 from millrace.core.facts import RunReport
 from millrace.core.messages import Control
-from millrace.core.units import format_bytes, format_seconds
+from millrace.core.units import count, format_bytes, format_seconds
 from millrace.wiring.clock import holder_is_alive
 from millrace.wiring.planning import Planned, make_plan
 from millrace.wiring.running import RunOptions, RunResult, run_planned
@@ -70,7 +70,7 @@ def plan(pipeline: PipelineArgument, world: WorldOption = None, as_json: JsonOpt
             for source in summary.sources:
                 output.line(f"source   {source}")
             output.line(f"chunks   {summary.chunks}, up to {format_bytes(planned.pipeline.chunk)} each")
-            output.line(f"input    {summary.objects} objects, {format_bytes(summary.bytes_in)}")
+            output.line(f"input    {count(summary.objects, 'object')}, {format_bytes(summary.bytes_in)}")
             output.line(f"phases   {', '.join(summary.phases)}")
             output.line("")
             if summary.stores:
@@ -213,12 +213,13 @@ def _show_report(output: Output, report: RunReport, pipeline: str) -> None:
         kept = "unchanged, already" if report.unchanged else "is"
         output.line(f"{report.dataset}@{report.version} {kept} {report.digest}", style="bold green")
         output.line(
-            f"{report.rows:,} rows in {report.shards} shards, {report.replicas} replicas read back and hashed; "
+            f"{count(report.rows, 'row')} in {count(report.shards, 'shard')}, "
+            f"{count(report.replicas, 'replica')} read back and hashed; "
             f"{format_bytes(report.bytes_in)} in, {format_bytes(report.bytes_out)} out, "
-            f"{report.quarantined} quarantined, {report.duplicates} duplicates left out; {seconds}"
+            f"{report.quarantined} quarantined, {count(report.duplicates, 'duplicate')} left out; {seconds}"
         )
         return
-    done = f"{report.chunks_done} of {report.chunks} chunks are done and kept"
+    done = f"{report.chunks_done} of {count(report.chunks, 'chunk')} done and kept"
     if report.state == "failed":
         output.say(f"error: run {report.run} failed: {report.error}")
     else:

@@ -192,7 +192,9 @@ def decode_root(data: memoryview | bytes) -> Manifest:
             raise Corrupt(f"the manifest has format {root['format']!r}; this Millrace reads {FORMAT!r}: upgrade it")
         schema = root["schema"]
         return Manifest(
-            schema=None if schema is None else pa.ipc.read_schema(pa.py_buffer(base64.b64decode(schema))),
+            schema=None
+            if schema is None
+            else pa.ipc.read_schema(pa.py_buffer(base64.b64decode(schema, validate=True))),
             block_rows=int(root["block_rows"]),
             segments=tuple(SegmentRef(*fields) for fields in root["segments"]),
             rows=int(root["rows"]),

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-__all__ = ["format_bytes", "format_seconds", "parse_duration_s", "parse_share", "parse_size"]
+__all__ = ["count", "format_bytes", "format_seconds", "parse_duration_s", "parse_share", "parse_size"]
 
 _SIZES: Final[Mapping[str, int]] = {
     "": 1,
@@ -93,3 +93,8 @@ def format_seconds(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes}m {rest:02d}s"
     return f"{minutes // 60}h {minutes % 60:02d}m"
+
+
+def count(number: int, noun: str) -> str:
+    """``1 shard``, ``1,024 shards``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

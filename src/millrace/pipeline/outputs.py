@@ -49,7 +49,7 @@ def decode_chunk_output(data: bytes | memoryview) -> ChunkOutput:
         )
         return ChunkOutput(
             chunk=raw["chunk"],
-            schema=base64.b64decode(raw["schema"]),
+            schema=base64.b64decode(raw["schema"], validate=True),
             shards=shards,
             receipts=tuple(Receipt(Digest(d), store, at) for d, store, at in raw["receipts"]),
             rows_in=raw["rows_in"],

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from millrace.core.model import digest_of
+from millrace.core.units import count, format_bytes
 from millrace.decide.placement import Refusal, place
 from millrace.wiring.planning import Planned
 from millrace.wiring.world import OpenWorld
@@ -74,7 +75,8 @@ def summarise(world: OpenWorld, planned: Planned) -> PlanSummary:
     return PlanSummary(
         dataset=planned.pipeline.dataset,
         sources=tuple(
-            f"{s['url']} as {s['format']}: {s['objects']} objects, {s['bytes']} bytes" for s in planned.lineage.sources
+            f"{s['url']} as {s['format']}: {count(s['objects'], 'object')}, {format_bytes(s['bytes'])}"
+            for s in planned.lineage.sources
         ),
         objects=planned.plan.total_objects,
         bytes_in=total,
