@@ -78,21 +78,24 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 @contextlib.contextmanager
 def take(given: argparse.Namespace) -> Iterator[Command]:
-    """Set up, and give the results out at the end, also when it is interrupted."""
+    """Set up, and give the results out at the end. After Ctrl-C there is what was measured by then, but no page."""
     folder = given.dir.resolve() / "millrace-bench"  # ours: it may be deleted
     command = Command(folder, given.rounds, given.seed, given.only, Console(stderr=True, width=130))
     command.scratch.mkdir(parents=True, exist_ok=True)
     try:
         yield command
+    except KeyboardInterrupt:
+        command.say("interrupted")
+        command.exit_code, given.write = 130, False
     finally:
         shutil.rmtree(command.scratch, ignore_errors=True)
-        where = machine()
-        if given.json:
-            tables = [table.plain() for table in (where, *command.tables)]
-            print(json.dumps({"tables": tables, "results": command.results}, indent=1))
-        if given.write and command.tables:
-            for name in write_page(PAGE, [where, *command.tables]):
-                command.say(f"{PAGE.name} has no place for the table {name}")
+    where = machine()
+    if given.json:
+        tables = [table.plain() for table in (where, *command.tables)]
+        print(json.dumps({"tables": tables, "results": command.results}, indent=1))
+    if given.write and command.tables:
+        for name in write_page(PAGE, [where, *command.tables]):
+            command.say(f"{PAGE.name} has no place for the table {name}")
 
 
 def chosen(contestants: Sequence[Contestant], only: Sequence[str]) -> list[Contestant]:

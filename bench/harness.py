@@ -17,6 +17,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -217,18 +218,23 @@ def _run(contestant: Contestant, plan: Plan, number: int) -> Run:
     out = plan.scratch / "out"
     _delete(out)
     out.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as temporary:
+        return _timed(contestant, plan, number, out, temporary)
+
+
+def _timed(contestant: Contestant, plan: Plan, number: int, out: Path, temporary: str) -> Run:
     try:
         _settle(plan.source)
         load = os.getloadavg()[0]
         watch = TreeWatch()
         started = time.perf_counter()
         try:
-            notes = dict(_step("run", contestant, plan, out))
+            notes = dict(_step("run", contestant, plan, out, temporary))
         finally:
             wall_s = time.perf_counter() - started
             memory = watch.stop()
         size = sum(path.stat().st_size for path in files_in(out))
-        copies = _step("tally", contestant, plan, out)["copies"]
+        copies = _step("tally", contestant, plan, out, temporary)["copies"]
         if copies != [plan.expected.plain()] * contestant.copies:
             wanted = f"{contestant.copies} x {plan.expected.count}"
             raise Failed(f"the output isn't whole: {[count for count, _ in copies]} items instead of {wanted}")
@@ -246,7 +252,7 @@ def _settle(source: Path) -> None:
                 pass
 
 
-def _step(step: str, contestant: Contestant, plan: Plan, out: Path) -> Mapping[str, Any]:
+def _step(step: str, contestant: Contestant, plan: Plan, out: Path, temporary: str) -> Mapping[str, Any]:
     command = [
         *(contestant.python, "-m", f"bench.contestants.{contestant.module}", step),
         *("--source", plan.source, "--out", out, "--layout", plan.layout),
@@ -255,7 +261,7 @@ def _step(step: str, contestant: Contestant, plan: Plan, out: Path) -> Mapping[s
     with subprocess.Popen(
         [str(part) for part in command],
         cwd=plan.scratch,
-        env=_environment(),
+        env={**_environment(), "TMPDIR": temporary},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

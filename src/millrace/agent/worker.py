@@ -62,12 +62,21 @@ def worker_main(pipe: Connection, setup: WorkerSetup) -> None:
     inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
     watch = _Watch(pipe)
     threading.Thread(target=_listen, args=(pipe, inbox), daemon=True).start()
-    try:
-        with setup(watch.deadline) as runner:
-            watch.say(Hello())
-            asyncio.run(_serve(runner, inbox, watch))
-    except MillraceError as error:
-        watch.say(Hello(Failure.of(error, blame="work")))
+    with contextlib.ExitStack() as stack:
+        try:
+            runner = stack.enter_context(setup(watch.deadline))
+        except Exception as error:
+            watch.say(Hello(_refusal(error)))
+            return
+        watch.say(Hello())
+        asyncio.run(_serve(runner, inbox, watch))
+
+
+def _refusal(error: Exception) -> Failure:
+    if isinstance(error, MillraceError):
+        return Failure.of(error, blame="work")
+    kind = type(error).__name__
+    return Failure(kind, f"a worker process can't be set up: {kind}: {error}", False, "work")
 
 
 async def _serve(runner: TaskRunner, inbox: queue.SimpleQueue[object], watch: _Watch) -> None:
