@@ -58,11 +58,13 @@ class Bucket:
 
     def ask(self, method: str, key: str, data: bytes | None = None) -> bytes:
         url = f"{self.endpoint}/{self.name}/{urllib.parse.quote(key)}"
-        with urllib.request.urlopen(urllib.request.Request(url, data=data, method=method)) as answer:
+        headers = {"Content-Type": "application/octet-stream"}  # a form, which is the default, would be parsed
+        request = urllib.request.Request(url, data=data, method=method, headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
             body: bytes = answer.read()
         return body
 
-    def keys(self) -> list[str]:
+    def listed(self) -> list[str]:
         listing = self.ask("GET", "").decode()
         return [part.partition("</Key>")[0] for part in listing.split("<Key>")[1:]]
 
@@ -122,7 +124,7 @@ def test_from_s3_to_s3_and_disk(cli: Cli, folder: Path, pipeline: Write, bucket:
     said = cli("run", pipeline(**on_s3(bucket)), "--workers", "4", "--json")
     assert said.code == 0, said.err
     assert (said.json["rows"], said.json["digest"]) == (800, local.json["digest"])
-    assert any(key.startswith("stores/main/shards/") for key in bucket.keys())
+    assert any(key.startswith("stores/main/shards/") for key in bucket.listed())
 
     report = cli("verify", "d", "--json")
     assert report.code == 0, report.out
@@ -135,7 +137,7 @@ def test_from_s3_to_s3_and_disk(cli: Cli, folder: Path, pipeline: Write, bucket:
     assert sorted(row["id"] for row in lines) == [*range(400), *range(1000, 1400)]
 
     # Rot and loss in the bucket are found and mended like those on a disk.
-    one, two = [key for key in bucket.keys() if "/shards/" in key][:2]
+    one, two = [key for key in bucket.listed() if "/shards/" in key][:2]
     data = bytearray(bucket.ask("GET", one))
     data[300] ^= 1
     bucket.ask("PUT", one, bytes(data))
@@ -152,10 +154,10 @@ def test_from_s3_to_s3_and_disk(cli: Cli, folder: Path, pipeline: Write, bucket:
     assert cli("rm", "d", "--yes").code == 0
     assert cli("gc", "--grace", "0s").code == 0
     deadline = 3  # S3 tells times in whole seconds: an object may look newer than its mark for a moment
-    while any("/shards/" in key for key in bucket.keys()) and deadline:
+    while any("/shards/" in key for key in bucket.listed()) and deadline:
         deadline -= 1
         assert cli("gc", "--grace", "0s").code == 0
-    assert len([key for key in bucket.keys() if key.startswith("corpus/")]) == 8, "the source is not ours to delete"
+    assert len([key for key in bucket.listed() if key.startswith("corpus/")]) == 8, "the source is not ours to delete"
 
 
 def test_an_object_that_changes_is_named(cli: Cli, folder: Path, pipeline: Write, bucket: Bucket) -> None:
@@ -163,7 +165,9 @@ def test_an_object_that_changes_is_named(cli: Cli, folder: Path, pipeline: Write
         "import urllib.request\n"
         f"url = '{bucket.endpoint}/{bucket.name}/corpus/tables/3.parquet'\n"
         "def same(batch):\n"
-        "    urllib.request.urlopen(urllib.request.Request(url, data=b'other', method='PUT')).close()\n"
+        "    headers = {'Content-Type': 'text/plain'}\n"
+        "    request = urllib.request.Request(url, data=b'other', method='PUT', headers=headers)\n"
+        "    urllib.request.urlopen(request, timeout=30).close()\n"
         "    return batch\n"
     )
     (folder / "clean.py").write_text(meddling)
@@ -208,7 +212,7 @@ def test_credentials_stay_in_the_environment(
     files = [p for p in folder.rglob("*") if p.is_file()]
     assert len(files) > 20
     assert not [p for p in files if leaked(p.read_bytes())]
-    assert not [key for key in bucket.keys() if leaked(bucket.ask("GET", key))]
+    assert not [key for key in bucket.listed() if leaked(bucket.ask("GET", key))]
 
 
 def leaked(data: bytes) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from typing import Any, Final
 
 from millrace.core.errors import CoordError
@@ -20,8 +21,8 @@ PAGE_TASKS: Final = 32
 _SENTENCE_BYTES: Final = 300
 _NOTES_BYTES: Final = 500
 """What sentences may take of an entry, as JSON. They are for people; what is longer stands in logs and reports."""
-_NOTHING: Final = bytes(32)
 _WRITES_AT_ONCE: Final = 50
+_PAGES_AT_ONCE: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +76,18 @@ class Ledger:
         """
         found: dict[str, Done] = {}
         for phase in phases:
-            prefix = ledger_prefix(self._run, phase.name)
-            after = ""
-            while entries := await self._coord.list(prefix, after=after):
+            prefix = after = ledger_prefix(self._run, phase.name)
+            done: list[tuple[int, TaskFacts]] = []
+            aside: list[tuple[int, Failure]] = []
+            # A few pages at a time: in between, whoever keeps the lease alive has a turn.
+            while entries := await self._coord.list(prefix, after=after, limit=_PAGES_AT_ONCE):
                 for entry in entries:
                     self._pages[entry.key] = _page(entry.key, entry.value)
+                part = self._of([entry.key for entry in entries])
+                done += part.done
+                aside += part.set_aside
                 after = entries[-1].key
-            found[phase.name] = self._of(prefix)
+            found[phase.name] = Done(tuple(done), tuple(aside))
         return found
 
     def record(self, task: TaskId, facts: TaskFacts) -> None:
@@ -118,34 +124,45 @@ class Ledger:
 
     def set_aside_in(self, phase: Phase) -> tuple[tuple[int, Failure], ...]:
         """The chunks this phase set aside."""
-        return self._of(ledger_prefix(self._run, phase.name)).set_aside
+        return self._of(self._keys(phase)).set_aside
 
     def facts(self, phase: Phase) -> tuple[tuple[int, TaskFacts], ...]:
         """The finished tasks of a phase."""
-        return self._of(ledger_prefix(self._run, phase.name)).done
+        return self._of(self._keys(phase)).done
 
     def _put(self, task: TaskId, entry: dict[str, Any]) -> None:
         key = ledger_page(self._run, task.phase, task.index // PAGE_TASKS)
         self._pages.setdefault(key, {})[str(task.index)] = entry
         self._dirty[key] = None
 
-    def _of(self, prefix: str) -> Done:
+    def _keys(self, phase: Phase) -> list[str]:
+        prefix = ledger_prefix(self._run, phase.name)
+        return sorted(key for key in self._pages if key.startswith(prefix))
+
+    def _of(self, keys: Iterable[str]) -> Done:
+        """What these pages hold, by index; pages in order."""
         done: list[tuple[int, TaskFacts]] = []
         aside: list[tuple[int, Failure]] = []
-        for key in sorted(k for k in self._pages if k.startswith(prefix)):
+        for key in keys:
             try:
-                for index, entry in self._pages[key].items():
+                for index, entry in sorted(((int(i), e) for i, e in self._pages[key].items()), key=itemgetter(0)):
                     if "failure" in entry:
-                        aside.append((int(index), Failure(**entry["failure"])))
+                        aside.append((index, Failure(**entry["failure"])))
                     else:
-                        done.append((int(index), decode_facts(entry)))
+                        done.append((index, decode_facts(entry)))
             except (ValueError, TypeError, AttributeError) as error:
                 raise _damaged(key, error) from error
-        return Done(tuple(sorted(done, key=lambda d: d[0])), tuple(sorted(aside, key=lambda d: d[0])))
+        return Done(tuple(done), tuple(aside))
 
     def _packed(self, phase: Phase) -> bytes:
-        digests = {index: facts.output for index, facts in self.facts(phase)}
-        return b"".join(bytes.fromhex(digests[i]) if i in digests else _NOTHING for i in range(phase.tasks))
+        """32 bytes a task: only the digests are looked at, for there may be half a million."""
+        packed = bytearray(32 * phase.tasks)
+        for key in self._keys(phase):
+            for index, entry in self._pages[key].items():
+                if "failure" not in entry:
+                    at = 32 * int(index)
+                    packed[at : at + 32] = bytes.fromhex(entry["output"])
+        return bytes(packed)
 
 
 def _few(notes: Sequence[str]) -> list[str]:

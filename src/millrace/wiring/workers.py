@@ -14,6 +14,7 @@ from millrace.decide.placement import place
 from millrace.pipeline.distribute import Place
 from millrace.pipeline.plan import Plan
 from millrace.wiring.clock import SystemClock
+from millrace.wiring.memory import settle_memory
 from millrace.wiring.planning import compile_chains, on_path
 from millrace.wiring.world import folder_of, open_sources, open_stores, open_work
 
@@ -52,6 +53,7 @@ class Setup:
     @contextlib.contextmanager
     def __call__(self, deadline: Deadline) -> Iterator[TaskRunner]:
         """The runner; its stores are closed by the process's end."""
+        settle_memory()
         base = folder_of(self.pipeline_file)
         world_base = folder_of(self.world_file)
         on_path(base)

@@ -26,6 +26,7 @@ from millrace.stores.open import open as open_store
 from millrace.stores.walk import WalkRules
 from millrace.telemetry.metrics import StoreMetrics
 from millrace.wiring.clock import SystemClock
+from millrace.wiring.memory import settle_memory
 
 __all__ = ["OpenWorld", "folder_of", "open_sources", "open_stores", "open_world", "read_pipeline", "read_world"]
 
@@ -94,6 +95,7 @@ async def open_world(file: Path | None) -> AsyncIterator[OpenWorld]:
         UsageError, SpecError: the file isn't there or is wrong.
         CoordError: its coordination file can't be used.
     """
+    settle_memory()
     file, spec = read_world(file)
     base = folder_of(file)
     state = _state_folder(file, base / spec.state)
