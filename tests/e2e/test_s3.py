@@ -98,7 +98,9 @@ def bucket(endpoint: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Buck
 def corpus() -> dict[str, bytes]:
     found = {}
     for i in range(4):
-        rows = [{"id": 100 * i + j, "text": f"line {j} of {i} " + "z" * (j % 50)} for j in range(100)]
+        rows: list[dict[str, Any]] = [
+            {"id": 100 * i + j, "text": f"line {j} of {i} " + "z" * (j % 50)} for j in range(100)
+        ]
         found[f"json lines/{i}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows).encode()
         out = io.BytesIO()
         pq.write_table(pa.Table.from_pylist([{**row, "id": row["id"] + 1000} for row in rows]), out, row_group_size=40)

@@ -127,6 +127,34 @@ def test_kills_without_transforms(launch: Launch, cli: Cli, folder: Path, pipeli
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+def test_kills_while_the_version_is_added(launch: Launch, cli: Cli, folder: Path, pipeline: Write) -> None:
+    """From the moment the manifest is durable: the version is added once, or by the next attempt, never twice."""
+    for i in range(20):
+        (folder / "data" / f"{i:02}.txt").write_text(f"{i}" * 3000)
+    digest = undisturbed(cli, folder, pipeline, **TINY)
+    dice = random.Random(4)
+    number = 1
+    for attempt in range(6):
+        run = launch("run", pipeline(**TINY, dataset=f"d{attempt}"))
+        while run.process.poll() is None and not run.finished_tasks(number, "persist"):
+            time.sleep(0.001)
+        time.sleep(dice.uniform(0, 0.03))
+        run.kill()
+        run.end()
+        said = cli("run", "pipeline.yaml", "--json")
+        assert said.code == 0, said.err
+        assert (said.json["digest"], said.json["version"]) == (digest, 1)
+        (found,) = [d for d in cli("datasets", "--json").json if d["dataset"] == f"d{attempt}"]
+        assert (found["versions"], found["newest"]["digest"]) == (1, digest)
+        if said.json["run"] != number:
+            assert said.json["unchanged"], "the first was killed when all was done"
+            assert cli("status", str(number), "--json").json["state"] == "done"
+        assert cli("verify", f"d{attempt}").code == 0
+        number = said.json["run"] + 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_workers_that_are_killed_are_replaced(launch: Launch, cli: Cli, folder: Path, pipeline: Write) -> None:
     corpus(folder, FEW)
     digest = undisturbed(cli, folder, pipeline, **slow(attempts=50))
