@@ -246,7 +246,7 @@ def test_export_falls_over_to_good_copies(cli: Cli, folder: Path, dataset: str) 
     assert cli("verify", "d").code == 0
 
 
-def test_what_other_datasets_share_stays(cli: Cli, folder: Path, pipeline: Write, launch: Launch) -> None:
+def test_what_other_datasets_share_stays(cli: Cli, folder: Path, pipeline: Write) -> None:
     """Two datasets and two versions share shards; what is removed takes only what was its own."""
     fill(folder, range(6))
     made(cli, pipeline)
