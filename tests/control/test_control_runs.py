@@ -206,6 +206,17 @@ def test_a_dead_holder_is_taken_over_at_once_and_fenced(play: Play) -> None:
     play(scenario)
 
 
+def test_a_superseded_run_whose_process_only_slept_is_fenced(play: Play) -> None:
+    async def scenario(office: Office) -> None:
+        sleeping = await office.begin("host:1:1", identity="old")
+        begun = await office.begin("host:2:2", identity="new", is_alive=nobody_lives)
+        assert begun.record.run == 2
+        with pytest.raises(Fenced):
+            await office.coord.commit([Write("datasets/d/head", b"{}")], guard=sleeping.lease)
+
+    play(scenario)
+
+
 def test_an_expired_lease_of_a_holder_nobody_knows_of_is_taken_over(play: Play) -> None:
     async def scenario(office: Office) -> None:
         await office.begin("elsewhere:1:1")

@@ -138,6 +138,9 @@ async def _continued(
     same = [r for r in earlier if r.identity == identity and not fresh]
     for other in earlier:
         if not same or other is not same[-1]:
+            # Its lease is taken for a moment: should its process only sleep, it is fenced when it wakes.
+            name = run_lease(other.run)
+            await coord.release(await coord.acquire(name, guard.holder, 1000, now_ms=now_ms, steal=True))
             gone = other.model_copy(update={"state": "superseded", "ended_at_ms": now_ms})
             await coord.commit([Write(run_record(other.run), encode(gone))], guard=guard)
     if not same:

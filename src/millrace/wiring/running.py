@@ -211,8 +211,8 @@ async def _commit(world: OpenWorld, planned: Planned, mine: Begun, persisted: Ta
         lineage=mine.record.lineage,
         pages=[decode_page(p, key=f"page {i}") for i, p in enumerate(persisted.pages)],
         meta=ReplicaPage(entries=tuple(e for page in meta for e in page.entries)),
-        # The dataset's, not the run's: a run that was superseded while it slept must not add a version.
-        guard=mine.dataset_lease,
+        # Whoever supersedes this run, or collects garbage while it sleeps, takes its lease first.
+        guard=mine.lease,
     )
 
 
