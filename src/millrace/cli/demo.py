@@ -219,7 +219,7 @@ class Demo:
         async with open_world(self._folder / "world.yaml") as world:
             with listing_progress(self._output) as seen:
                 planned = await make_plan(world, self._folder / "pipeline.yaml", progress=seen)
-            with RunView(self._output, planned) as view:
+            with RunView(self._output) as view:
                 result = await run_planned(world, planned, options, begun=view.begun, observe=view.update)
         if result.interrupted:
             raise KeyboardInterrupt

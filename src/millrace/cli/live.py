@@ -63,11 +63,9 @@ def byte_progress(output: Output, what: str) -> Iterator[Callable[[int, int], No
 class RunView:
     """A run as it goes: phase, tasks, rate, time left, quarantine."""
 
-    def __init__(self, output: Output, planned: Planned) -> None:
+    def __init__(self, output: Output) -> None:
         self._output = output
-        self._bytes = planned.plan.total_bytes
         self._progress: Progress | None = None
-        self._bar = None
         self._said_at = time.monotonic()
         if output.live:
             self._progress = Progress(

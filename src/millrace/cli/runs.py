@@ -44,7 +44,7 @@ def run(
         async with open_world(world) as opened:
             with listing_progress(output) as seen:
                 planned = await make_plan(opened, pipeline, progress=seen)
-            with RunView(output, planned) as view:
+            with RunView(output) as view:
                 return await run_planned(opened, planned, options, begun=view.begun, observe=view.update)
 
     goes_on = f"interrupted; what was finished is kept, and millrace run {pipeline} goes on from there"

@@ -30,7 +30,6 @@ class ProgressMeter:
         self._bytes_total = bytes_total
         self._workers = workers
         self._clock = clock
-        self._phase: Phase | None = None
         self._bytes_in_phase = 0
         self._passes_before = -1
         self._recent: deque[tuple[float, int]] = deque([(clock.monotonic_s(), 0)])
@@ -39,7 +38,6 @@ class ProgressMeter:
 
     def enter(self, phase: Phase) -> None:
         """A phase begins."""
-        self._phase = phase
         if phase.kind in {"survey", "main"}:
             self._passes_before += 1
             self._bytes_in_phase = 0
