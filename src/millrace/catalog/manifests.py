@@ -13,7 +13,16 @@ from millrace.catalog.versions import policy_of
 from millrace.core.errors import UsageError
 from millrace.core.facts import ReplicaEntry, ReplicaPage, VersionRecord
 from millrace.core.keys import manifest_key, replica_page, segment_key
-from millrace.core.manifest import Manifest, Segment, SegmentRef, decode_blocks, decode_root, decode_segment
+from millrace.core.manifest import (
+    BlockTable,
+    Manifest,
+    Segment,
+    SegmentRef,
+    decode_block_table,
+    decode_blocks,
+    decode_root,
+    decode_segment,
+)
 from millrace.core.model import Block, Digest, StoreSite, shard_key
 from millrace.core.pages import read_meta, read_page
 from millrace.core.ports import Coordination, Store
@@ -120,6 +129,15 @@ class OpenManifest:
         """
         ref = self._ref(i)
         return decode_blocks(await self._own(ref.blocks), ref.shards)
+
+    async def block_table(self, i: int) -> BlockTable:
+        """The same as columns: what a feed works with.
+
+        Raises:
+            StoreError: no whole replica of the block index can be read.
+        """
+        ref = self._ref(i)
+        return decode_block_table(await self._own(ref.blocks), ref.shards)
 
     async def replicas(self, i: int) -> ReplicaPage | None:
         """Where the shards of segment ``i`` lie; None when that was lost. One page is about 1 MB in memory."""

@@ -17,7 +17,7 @@ import base64
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -27,11 +27,15 @@ from millrace.core.errors import Corrupt
 from millrace.core.model import Block, Digest, Shard
 
 __all__ = [
+    "ENCODINGS",
     "FORMAT",
     "SEGMENT_SHARDS",
+    "BlockTable",
+    "Encoding",
     "Manifest",
     "Segment",
     "SegmentRef",
+    "decode_block_table",
     "decode_blocks",
     "decode_root",
     "decode_segment",
@@ -42,6 +46,10 @@ __all__ = [
 FORMAT: Final = "millrace-manifest/1"
 SEGMENT_SHARDS: Final = 2048
 """Shards in a segment: half a million shards are 245 segments."""
+
+Encoding = Literal["arrow", "parquet", "webdataset", "mds"]
+"""What a block's bytes are. Millrace packs ``arrow``: an IPC message. The others are adopted, read in place."""
+ENCODINGS: Final[tuple[Encoding, ...]] = get_args(Encoding)
 
 _DIGEST: Final = pa.binary(32)
 _SEGMENT: Final = pa.schema([("digest", _DIGEST), ("size_bytes", pa.int64()), ("rows", pa.int64())])
@@ -81,7 +89,9 @@ class Manifest:
 
     Attributes:
         schema: Of every shard; None when the dataset has no rows.
-        block_rows: Rows in a block, except where a shard ends or the bytes reached a shard's size.
+        block_rows: Rows in a block at most; fewer where a shard ends or the bytes reached the block size.
+        encoding: What a block's bytes are. A block of no rows holds what its shard's others need to be read: a
+            footer or a header.
     """
 
     schema: pa.Schema | None
@@ -90,6 +100,7 @@ class Manifest:
     rows: int = field(default=0)
     bytes: int = field(default=0)
     shards: int = field(default=0)
+    encoding: Encoding = "arrow"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +123,27 @@ class Segment:
     def digest(self, i: int) -> Digest:
         """The digest of shard ``i`` of this segment."""
         return Digest(self.digests[i].tobytes().hex())
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTable:
+    """The blocks of one segment's shards in order, as columns of equal length.
+
+    Attributes:
+        shards: int32: which of the segment's shards, from 0.
+        offsets, lengths: int64, bytes, in the shard.
+        rows: int64.
+        digests: uint8, shape (blocks, 32): BLAKE3 of the bytes.
+    """
+
+    shards: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+    digests: npt.NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 def encode_segment(shards: Sequence[Shard]) -> tuple[bytes, bytes]:
@@ -155,20 +187,34 @@ def decode_blocks(data: memoryview | bytes, shards: int) -> list[tuple[Block, ..
     Raises:
         Corrupt: it isn't a blocks object, or speaks of other shards.
     """
-    batch = _from_ipc(data, _BLOCKS)
-    owner, offsets, lengths, rows = (batch.column(i).to_pylist() for i in range(4))
-    digests = _digests(batch.column(4))
+    table = decode_block_table(data, shards)
+    owner, offsets, lengths, rows = (c.tolist() for c in (table.shards, table.offsets, table.lengths, table.rows))
     result: list[list[Block]] = [[] for _ in range(shards)]
     for i, shard in enumerate(owner):
-        if not 0 <= shard < shards:
-            raise Corrupt(f"a manifest's block index names shard {shard} of a segment of {shards}")
-        result[shard].append(Block(offsets[i], lengths[i], rows[i], Digest(digests[i].tobytes().hex())))
+        result[shard].append(Block(offsets[i], lengths[i], rows[i], Digest(table.digests[i].tobytes().hex())))
     return [tuple(blocks) for blocks in result]
 
 
-def encode_root(schema: pa.Schema | None, block_rows: int, segments: Sequence[SegmentRef]) -> bytes:
-    """The root object: canonical JSON."""
-    root = {
+def decode_block_table(data: memoryview | bytes, shards: int) -> BlockTable:
+    """The blocks of a segment's ``shards`` as columns, without copying them.
+
+    Raises:
+        Corrupt: it isn't a blocks object, or speaks of other shards, or of no bytes.
+    """
+    batch = _from_ipc(data, _BLOCKS)
+    owner, offsets, lengths, rows = (batch.column(i).to_numpy() for i in range(4))
+    if len(owner) and (strange := (owner < 0) | (owner >= shards)).any():
+        raise Corrupt(f"a manifest's block index names shard {owner[strange][0]} of a segment of {shards}")
+    if any(len(column) and int(column.min()) < 0 for column in (offsets, lengths, rows)):
+        raise Corrupt("a manifest's block index has a negative offset, length or number of rows")
+    return BlockTable(owner, offsets, lengths, rows, _digests(batch.column(4)))
+
+
+def encode_root(
+    schema: pa.Schema | None, block_rows: int, segments: Sequence[SegmentRef], *, encoding: Encoding = "arrow"
+) -> bytes:
+    """The root object: canonical JSON. ``encoding`` is written only where it isn't ``arrow``."""
+    root: dict[str, Any] = {
         "format": FORMAT,
         "schema": None if schema is None else base64.b64encode(memoryview(schema.serialize())).decode(),
         "block_rows": block_rows,
@@ -177,6 +223,8 @@ def encode_root(schema: pa.Schema | None, block_rows: int, segments: Sequence[Se
         "shards": sum(s.shards for s in segments),
         "segments": [[getattr(s, name) for name in SegmentRef.__slots__] for s in segments],
     }
+    if encoding != "arrow":
+        root["encoding"] = encoding
     return json.dumps(root, sort_keys=True, separators=(",", ":")).encode()
 
 
@@ -190,6 +238,9 @@ def decode_root(data: memoryview | bytes) -> Manifest:
         root = json.loads(bytes(data))
         if root["format"] != FORMAT:
             raise Corrupt(f"the manifest has format {root['format']!r}; this Millrace reads {FORMAT!r}: upgrade it")
+        encoding = root.get("encoding", "arrow")
+        if encoding not in ENCODINGS:
+            raise Corrupt(f"the manifest's blocks are {encoding!r}, which this Millrace can't read: upgrade it")
         schema = root["schema"]
         return Manifest(
             schema=None
@@ -200,6 +251,7 @@ def decode_root(data: memoryview | bytes) -> Manifest:
             rows=int(root["rows"]),
             bytes=int(root["bytes"]),
             shards=int(root["shards"]),
+            encoding=encoding,
         )
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError, OSError, pa.ArrowException) as error:
         raise Corrupt(f"this is not a manifest: {error}") from error
