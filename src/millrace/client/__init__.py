@@ -1,0 +1,1 @@
+"""client: what a Python user imports. ``millrace.open`` and the rest of it lead here."""
