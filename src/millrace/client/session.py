@@ -1,0 +1,108 @@
+"""A world, opened once for a process and shared by everything in it that asks."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import os
+import threading
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+from millrace.feed.background import Background
+from millrace.wiring.world import OpenWorld, open_world, read_world
+
+__all__ = ["Session", "session_for"]
+
+T = TypeVar("T")
+
+
+class Session:
+    """An open world on an event loop of its own, for code that isn't async.
+
+    Attributes:
+        world: The open world. Use it only in coroutines given to :meth:`call` and :meth:`start`.
+
+    Raises:
+        UsageError, SpecError: there is no world file or it is wrong.
+    """
+
+    world: OpenWorld
+
+    def __init__(self, world: Path | None) -> None:
+        self.background = Background("millrace-client")
+        self._closing = self.background.call(_event())
+        opened: concurrent.futures.Future[OpenWorld] = concurrent.futures.Future()
+        self._holding = self.background.start(self._hold(world, opened))
+        try:
+            self.world = opened.result()
+        except BaseException:
+            self.background.close()
+            raise
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Have it done, and wait for it.
+
+        Raises:
+            UsageError: this process was forked from the one that opened the session.
+        """
+        return self.background.call(work)
+
+    def start(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Have it done in the background."""
+        return self.background.start(work)
+
+    def close(self) -> None:
+        """Close the stores and end the thread. Safe to call twice."""
+        if not self._holding.done():
+            self.background.call(_set(self._closing))
+            self._holding.result()
+        self.background.close()
+
+    async def _hold(self, file: Path | None, opened: concurrent.futures.Future[OpenWorld]) -> None:
+        try:
+            async with open_world(file) as world:
+                opened.set_result(world)
+                await self._closing.wait()
+        except BaseException as error:
+            if opened.done():
+                raise
+            opened.set_exception(error)
+
+
+_sessions: dict[tuple[int, Path], Session] = {}
+_lock = threading.Lock()
+
+
+def session_for(world: Path | None) -> Session:
+    """The process's one session with a world; it is closed when the process ends.
+
+    Args:
+        world: The world file; None means ``$MILLRACE_WORLD``, or ``world.yaml`` here or in a folder above.
+
+    Raises:
+        UsageError, SpecError: there is no world file or it is wrong.
+    """
+    file = read_world(world)[0].resolve()
+    key = (os.getpid(), file)
+    with _lock:
+        if key not in _sessions:
+            session = Session(file)
+            atexit.register(_close, session, os.getpid())
+            _sessions[key] = session
+        return _sessions[key]
+
+
+def _close(session: Session, pid: int) -> None:
+    if os.getpid() == pid:
+        session.close()
+
+
+async def _event() -> asyncio.Event:
+    return asyncio.Event()
+
+
+async def _set(event: asyncio.Event) -> None:
+    event.set()
