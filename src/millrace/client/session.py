@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import concurrent.futures
 import os
 import threading
@@ -77,7 +76,9 @@ _lock = threading.Lock()
 
 
 def session_for(world: Path | None) -> Session:
-    """The process's one session with a world; it is closed when the process ends.
+    """The process's one session with a world, open for as long as the process lives.
+
+    Nothing has to be closed at its end: whatever is written is durable when it is acknowledged, and claims expire.
 
     Args:
         world: The world file; None means ``$MILLRACE_WORLD``, or ``world.yaml`` here or in a folder above.
@@ -89,15 +90,8 @@ def session_for(world: Path | None) -> Session:
     key = (os.getpid(), file)
     with _lock:
         if key not in _sessions:
-            session = Session(file)
-            atexit.register(_close, session, os.getpid())
-            _sessions[key] = session
+            _sessions[key] = Session(file)
         return _sessions[key]
-
-
-def _close(session: Session, pid: int) -> None:
-    if os.getpid() == pid:
-        session.close()
 
 
 async def _event() -> asyncio.Event:
