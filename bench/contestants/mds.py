@@ -7,27 +7,13 @@ each part of the input in a pool (forked, so that nothing is imported twice), th
 from __future__ import annotations
 
 import multiprocessing
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-try:
-    import torchvision  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
-except RuntimeError:  # one built for another torch: the operators it looks for are declared, and not used here
-    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    _DECLARED = torch.library.Library("torchvision", "DEF")
-    for operator in ("nms", "qnms"):
-        _DECLARED.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-import streaming
-from streaming.base.util import merge_index
-
 from bench.digests import Tally
 from bench.entry import Job, enter
+from bench.mosaic import streaming
 from bench.tokens import COLUMN, ROW_BYTES, ROW_TOKENS, rows
 
 _ENCODINGS = {"binary": "bytes", "list": f"ndarray:uint16:{ROW_TOKENS}"}
@@ -47,7 +33,7 @@ def work(job: Job) -> Mapping[str, Any]:
     parts = [(job.inputs[i :: job.workers], job.out / f"{i}", job.layout) for i in range(job.workers)]
     with multiprocessing.get_context("fork").Pool(job.workers) as pool:
         pool.starmap(_write, parts)
-    merge_index(str(job.out), keep_local=True)
+    streaming.base.util.merge_index(str(job.out), keep_local=True)
     return {}
 
 

@@ -19,7 +19,8 @@ from millrace.core.model import block_digest, digest_of
 from millrace.core.spec import Shards
 from millrace.pipeline.canonical import canonical
 from millrace.pipeline.pack import PackedShard, pack
-from millrace.pipeline.process.plain import plain_schema
+from millrace.pipeline.process.plain import plain_batch, plain_schema
+from millrace.pipeline.rowsize import row_sizes
 
 NEVER = 2**31
 """A shard size nothing here reaches."""
@@ -140,17 +141,82 @@ def test_the_digest_does_not_tell_how_arrays_were_laid_out(
         assert digests([batch]) == expected
 
 
-@given(columns(), st.lists(st.integers(0, 6), max_size=8), st.booleans(), st.sampled_from(["none", "lz4", "zstd"]))
+def large(batch: pa.RecordBatch, column: str) -> pa.RecordBatch:
+    """The rows with another column, of text whose lengths lie around the smallest size of a block."""
+    lengths = [(i * 337) % 1200 if i % 5 else None for i in range(batch.num_rows)]
+    return batch.append_column(column, pa.array([None if n is None else "x" * n for n in lengths], pa.string()))
+
+
+CUTS = st.lists(st.integers(0, 6), max_size=8)
+
+
+@given(columns(), CUTS, st.booleans(), st.sampled_from(["none", "lz4", "zstd"]), st.integers(1024, 3000) | st.none())
 def test_the_digest_does_not_tell_how_rows_were_cut_into_batches(
-    made: dict[str, tuple[pa.DataType, list[Any]]], cuts: list[int], copies: bool, compression: str
+    made: dict[str, tuple[pa.DataType, list[Any]]],
+    cuts: list[int],
+    copies: bool,
+    compression: str,
+    block_size: int | None,
 ) -> None:
     plain = plainly(made)
+    how: dict[str, Any] = {"compression": compression}
+    if block_size is not None:
+        plain, how = large(plain, "long"), how | {"block_size": block_size, "block_rows": 9}
     batches, start = [], 0
     for rows in [*cuts, plain.num_rows]:
         part = plain.slice(start, rows)
         batches.append(pa.RecordBatch.from_pylist(part.to_pylist(), schema=part.schema) if copies else part)
         start += rows
-    assert digests(batches, compression=compression) == digests([plain], compression=compression)
+    assert digests(batches, **how) == digests([plain], **how)
+
+
+def told(value: Any, kind: pa.DataType) -> int:
+    """The bytes of one value as ``rowsize`` defines them, one value at a time."""
+    types = pa.types
+    if types.is_null(kind) or types.is_boolean(kind):
+        return int(types.is_boolean(kind))
+    if types.is_string(kind) or types.is_binary(kind):
+        return 4 + len(value.encode() if isinstance(value, str) else value or b"")
+    if types.is_map(kind):
+        return 4 + sum(told(k, kind.key_type) + told(v, kind.item_type) for k, v in value or [])
+    if types.is_list(kind):
+        return 4 + sum(told(v, kind.value_type) for v in value or [])
+    if types.is_fixed_size_list(kind):
+        return sum(told(v, kind.value_type) for v in value or [None] * kind.list_size)
+    if types.is_struct(kind):
+        return sum(told((value or {}).get(f.name), f.type) for f in kind)
+    return int(kind.bit_width) // 8
+
+
+NESTED: dict[str, tuple[pa.DataType, st.SearchStrategy[Any]]] = {
+    "pairs": (pa.list_(pa.string(), 2), st.lists(st.none() | st.text("ab", max_size=3), min_size=2, max_size=2)),
+    "records": (
+        pa.list_(pa.struct([("n", pa.int16()), ("s", pa.string())])),
+        st.lists(
+            st.none() | st.fixed_dictionaries({"n": st.integers(0, 9), "s": st.text("xy", max_size=3)}), max_size=3
+        ),
+    ),
+    "deep": (pa.struct([("m", TYPES["map"][0]), ("b", pa.bool_())]), st.fixed_dictionaries({"m": TYPES["map"][1]})),
+}
+
+
+@given(st.data(), st.integers(0, 9), st.integers(0, 2**32))
+def test_the_size_of_a_row_is_told_by_the_row_alone(data: st.DataObject, before: int, seed: int) -> None:
+    kinds = TYPES | NESTED
+    names = data.draw(st.lists(st.sampled_from(sorted(kinds)), min_size=1, max_size=3, unique=True))
+    rows = data.draw(st.integers(1, 9))
+    values = {n: data.draw(st.lists(st.none() | kinds[n][1], min_size=rows, max_size=rows), label=n) for n in names}
+    plain = plain_batch(pa.RecordBatch.from_arrays([pa.array(values[n], kinds[n][0]) for n in names], names=names))
+    expected = [sum(told(row[f.name], f.type) for f in plain.schema) for row in plain.to_pylist()]
+    dice = np.random.default_rng(seed)
+    other = [elsewhere(with_garbage(c, dice), before) for c in plain.columns]
+    for batch in (plain, pa.RecordBatch.from_arrays(other, names=names)):
+        sizes = row_sizes(batch)
+        assert [sizes.between(i, i + 1) for i in range(rows)] == expected
+        for start in range(rows):
+            for wanted in {1, *np.cumsum(expected[start:]).tolist(), sum(expected) + 1} - {0}:
+                reached = [end for end in range(start + 1, rows + 1) if sum(expected[start:end]) >= wanted]
+                assert sizes.reaching(wanted, start) == (reached[0] if reached else rows)
 
 
 @given(columns(), st.integers(1, 7), st.sampled_from(["none", "lz4", "zstd"]))
@@ -217,12 +283,33 @@ def test_a_shard_is_closed_by_the_first_block_that_reaches_its_size() -> None:
     assert table(shards).column("a").to_pylist() == list(range(4000))
 
 
-def test_values_that_fill_a_shard_close_their_block_early() -> None:
-    """Otherwise a block of 1,024 long values would have to be held whole."""
-    batches = [pa.record_batch({"a": ["x" * 2000]}) for _ in range(10)]
-    shards = packed(batches, block_rows=1024, size=4096)
-    assert [[b.rows for b in s.shard.blocks] for s in shards] == [[3], [3], [3], [1]]
+@pytest.mark.parametrize("cut", [1, 4, 10])
+def test_a_block_is_closed_by_the_row_that_brings_it_to_its_size(cut: int) -> None:
+    """Otherwise a block of 1,024 long values would have to be held whole, by the packer and by every feed."""
+    batches = [
+        pa.record_batch({"a": pa.array(["x" * 2000] * rows, pa.string())}) for rows in [cut] * (10 // cut) + [10 % cut]
+    ]
+    shards = packed(batches, block_rows=1024, size=8192, block_size=4096)
+    assert [[b.rows for b in s.shard.blocks] for s in shards] == [[3, 3], [3, 1]]
     assert table(shards).num_rows == 10
+
+
+@pytest.mark.parametrize(("block_size", "rows"), [(4008, [2, 2, 1]), (4009, [3, 2]), (2004, [1] * 5)])
+def test_a_row_that_ends_at_the_size_closes_the_block(block_size: int, rows: list[int]) -> None:
+    (shard,) = packed([pa.record_batch({"a": ["x" * 2000] * 5})], block_rows=1024, block_size=block_size)
+    assert [b.rows for b in shard.shard.blocks] == rows
+
+
+def test_blocks_of_fixed_rows_are_closed_by_arithmetic() -> None:
+    tokens = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(100 * 16, np.uint16)), 16)
+    assert row_sizes(pa.record_batch({"t": tokens, "ok": pa.array([True] * 100)})).ends is None
+    (shard,) = packed([pa.record_batch({"t": tokens, "ok": pa.array([True] * 100)})], block_rows=64, block_size=1024)
+    assert [b.rows for b in shard.shard.blocks] == [32, 32, 32, 4]  # 33 bytes a row
+
+
+def test_a_small_shard_bounds_its_blocks_unless_told_otherwise() -> None:
+    assert (Shards().block_size, Shards(size=1_000_000).block_size) == (8_000_000, 1_000_000)
+    assert Shards.model_validate(Shards(size=4096).model_dump()) == Shards(size=4096)
 
 
 def test_no_rows_make_no_shard() -> None:
@@ -248,7 +335,7 @@ def test_a_shard_in_the_making_holds_no_more_than_one() -> None:
             asked.append(i)
             yield numbers(1000, i)
 
-    shards = pack(batches(), Shards(size=1024, block_rows=1000))
+    shards = pack(batches(), Shards(size=8000, block_rows=1000))
     next(shards)
     assert asked == [0]
     next(shards)

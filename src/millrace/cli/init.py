@@ -68,7 +68,7 @@ transforms:                         # in this order; leave them out to keep reco
   # - python: "clean:normalise"     # normalise(batch) in clean.py beside this file; RecordBatch in and out
   # - tokenize: {column: text, tokenizer: bytes, pack: 2048}
 
-shards: {size: 64MB, block_rows: 1024, compression: none}
+shards: {size: 64MB, block_rows: 1024, block_size: 8MB, compression: none}
 
 placement:
   replicas: 3                       # copies of each shard, each in another store

@@ -6,14 +6,15 @@ import asyncio
 import concurrent.futures
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from millrace.feed.background import Background
-from millrace.wiring.world import OpenWorld, open_world, read_world
+from millrace.wiring.world import OpenWorld, open_bare, open_world, read_world
 
-__all__ = ["Session", "session_for"]
+__all__ = ["Session", "session_at", "session_for"]
 
 T = TypeVar("T")
 
@@ -30,11 +31,11 @@ class Session:
 
     world: OpenWorld
 
-    def __init__(self, world: Path | None) -> None:
+    def __init__(self, opening: AbstractAsyncContextManager[OpenWorld]) -> None:
         self.background = Background("millrace-client")
         self._closing = self.background.call(_event())
         opened: concurrent.futures.Future[OpenWorld] = concurrent.futures.Future()
-        self._holding = self.background.start(self._hold(world, opened))
+        self._holding = self.background.start(self._hold(opening, opened))
         try:
             self.world = opened.result()
         except BaseException:
@@ -60,9 +61,11 @@ class Session:
             self._holding.result()
         self.background.close()
 
-    async def _hold(self, file: Path | None, opened: concurrent.futures.Future[OpenWorld]) -> None:
+    async def _hold(
+        self, opening: AbstractAsyncContextManager[OpenWorld], opened: concurrent.futures.Future[OpenWorld]
+    ) -> None:
         try:
-            async with open_world(file) as world:
+            async with opening as world:
                 opened.set_result(world)
                 await self._closing.wait()
         except BaseException as error:
@@ -71,7 +74,7 @@ class Session:
             opened.set_exception(error)
 
 
-_sessions: dict[tuple[int, Path], Session] = {}
+_sessions: dict[tuple[int, str], Session] = {}
 _lock = threading.Lock()
 
 
@@ -87,10 +90,24 @@ def session_for(world: Path | None) -> Session:
         UsageError, SpecError: there is no world file or it is wrong.
     """
     file = read_world(world)[0].resolve()
-    key = (os.getpid(), file)
+    return _shared(str(file), lambda: open_world(file))
+
+
+def session_at(manifest_url: str) -> Session:
+    """The process's one session with the store that a manifest's URL lies in; it needs no world file.
+
+    Raises:
+        UsageError: it is no URL of a store Millrace knows.
+    """
+    root = manifest_url.partition("/manifests/")[0]
+    return _shared(root, lambda: open_bare(root))
+
+
+def _shared(place: str, opening: Callable[[], AbstractAsyncContextManager[OpenWorld]]) -> Session:
+    key = (os.getpid(), place)
     with _lock:
         if key not in _sessions:
-            _sessions[key] = Session(file)
+            _sessions[key] = Session(opening())
         return _sessions[key]
 
 

@@ -9,6 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from millrace.core.errors import CoordError
 
 __all__ = [
+    "CheckpointFile",
+    "CheckpointManifest",
+    "CheckpointPart",
+    "CheckpointRecord",
     "Lineage",
     "QuarantineLine",
     "ReaderClaim",
@@ -219,3 +223,85 @@ class ReaderClaim(Fact):
 
     who: str
     until_ms: int
+
+
+class CheckpointPart(Fact):
+    """An object that holds a file of a checkpoint, or a part of one.
+
+    Attributes:
+        digest: SHA-256 of its bytes.
+        size_bytes: Its length.
+    """
+
+    digest: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size_bytes: int = Field(ge=0)
+
+
+class CheckpointFile(Fact):
+    """One file of a checkpoint.
+
+    Attributes:
+        path: Relative to the checkpoint's folder, ``/`` between parts.
+        size_bytes: Its length.
+        digest: SHA-256 of all of it.
+        parts: The objects that hold it, in order; none for an empty file.
+    """
+
+    path: str
+    size_bytes: int = Field(ge=0)
+    digest: str = Field(pattern=r"^[0-9a-f]{64}$")
+    parts: tuple[CheckpointPart, ...]
+
+
+class CheckpointManifest(Fact):
+    """A checkpoint: what it consists of, and where the loader was.
+
+    Attributes:
+        name: Of the series, as ``millrace.checkpoints`` got it.
+        step: Of the training run.
+        created_at_ms: Milliseconds since 1970. Not a part of what the checkpoint is: saving the same again is no change.
+        kind: ``torch`` when it was written by torch.distributed.checkpoint, else ``files``.
+        world_size: How many ranks wrote it.
+        files: In the order of their paths.
+        folders: Those that nothing lies in.
+        loader_state: What a loader's ``state_dict`` gave, or None.
+        parent: The digest of the checkpoint it builds on. Always None so far: every checkpoint is whole by itself.
+    """
+
+    format: Literal["millrace-checkpoint/1"] = "millrace-checkpoint/1"
+    name: str
+    step: int = Field(ge=0)
+    created_at_ms: int
+    kind: Literal["files", "torch"] = "files"
+    world_size: int = Field(default=1, ge=1)
+    files: tuple[CheckpointFile, ...]
+    folders: tuple[str, ...] = ()
+    loader_state: Any = None
+    parent: None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all files."""
+        return sum(file.size_bytes for file in self.files)
+
+
+class CheckpointRecord(Fact):
+    """What is known of one step's checkpoint. A help, not the truth: that lies in the stores.
+
+    Attributes:
+        digest: What it is; see :func:`millrace.catalog.checkpoint_manifest.identity`.
+        state: ``local`` until the policy's replicas were read back.
+        stores: Store name to when it was last read back whole, milliseconds since 1970.
+        placement: The policy it is replicated under.
+    """
+
+    name: str
+    step: int
+    digest: str
+    created_at_ms: int
+    size_bytes: int
+    files: int
+    state: Literal["local", "replicated"] = "local"
+    stores: dict[str, int] = Field(default_factory=dict)
+    pinned: bool = False
+    placement: dict[str, Any]

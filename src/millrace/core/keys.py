@@ -12,15 +12,19 @@ Coordination::
     runs/<8 digits>/ledger/<phase>/<6 digits>   a page of task facts
     replicas/<manifest digest>/<6 digits>       a ReplicaPage: one for each segment, and ``meta``
     readers/<manifest digest>/<reader id>       somebody reads this version until then
+    checkpoints/<name>/<12 digits>              CheckpointRecord: one step of a training run
     gc/marks                                    objects nobody names, and since when
 
-Leases: ``run/<id>`` (who drives a run), ``dataset/<name>`` (who may add a version), ``gc``.
+Leases: ``run/<id>`` (who drives a run), ``dataset/<name>`` (who may add a version), ``gc``, ``checkpoints/<name>``
+(who writes or removes checkpoints), ``checkpoints/<name>/<12 digits>`` (who replicates one).
 
 Stores::
 
     shards/ab/<digest>.arrow                    a shard
     manifests/<digest>.json                     a manifest's root
     manifests/segments/<digest>.arrow           a segment: its shards, or their blocks
+    checkpoints/<name>/<12 digits>-<8 letters>.json   a checkpoint's manifest, by its step and digest
+    checkpoints/<name>/objects/ab/<digest>      a file of a checkpoint, or a part of a large one
 
 The work store of a run (scratch)::
 
@@ -36,6 +40,11 @@ __all__ = [
     "GC_LEASE",
     "GC_MARKS",
     "RUN_COUNTER",
+    "checkpoint_folder",
+    "checkpoint_lease",
+    "checkpoint_manifest",
+    "checkpoint_object",
+    "checkpoint_record",
     "dataset_head",
     "dataset_lease",
     "dataset_version",
@@ -127,6 +136,31 @@ def manifest_key(digest: Digest) -> str:
 def segment_key(digest: Digest) -> str:
     """Where a manifest's segment (or its blocks) lies in a store."""
     return f"manifests/segments/{digest}.arrow"
+
+
+def checkpoint_folder(name: str) -> str:
+    """Prefix of all checkpoints of one name, in coordination and in every store."""
+    return f"checkpoints/{name}/"
+
+
+def checkpoint_record(name: str, step: int) -> str:
+    """Key of what is known of one step's checkpoint."""
+    return f"{checkpoint_folder(name)}{step:012d}"
+
+
+def checkpoint_lease(name: str, step: int | None = None) -> str:
+    """Lease of who writes or removes checkpoints of a name; with a step, of who replicates that one."""
+    return f"checkpoints/{name}" if step is None else f"checkpoints/{name}/{step:012d}"
+
+
+def checkpoint_manifest(name: str, step: int, digest: Digest) -> str:
+    """Where a checkpoint's manifest lies in every store."""
+    return f"{checkpoint_folder(name)}{step:012d}-{digest[:8]}.json"
+
+
+def checkpoint_object(name: str, digest: Digest) -> str:
+    """Where a file of a checkpoint, or a part of one, lies in every store."""
+    return f"{checkpoint_folder(name)}objects/{digest[:2]}/{digest}"
 
 
 def work_plan(run: int) -> str:

@@ -372,13 +372,27 @@ class Shards(Model):
 
     Attributes:
         size: A shard is closed at the first block that reaches it.
-        block_rows: Rows in a block, the unit that is read and verified alone.
+        block_rows: Rows in a block at most; the block is the unit that is read and verified alone.
+        block_size: A block is closed at the row that brings it to this, before compression. Where shards are smaller
+            than the default, it is theirs.
         compression: Of the Arrow buffers.
     """
 
     size: Annotated[Size, Field(ge=1024, le=2**31)] = 64_000_000
     block_rows: Annotated[Count, Field(ge=1, le=1_048_576)] = 1024
+    block_size: Annotated[Size, Field(ge=1024)] = 8_000_000
     compression: Literal["none", "lz4", "zstd"] = "none"
+
+    @model_validator(mode="after")
+    def _blocks_fit(self) -> Shards:
+        if self.block_size > self.size and "block_size" in self.model_fields_set:
+            raise AtField(
+                f"blocks of {self.block_size:,} bytes are larger than shards of {self.size:,}; "
+                "make block_size at most size",
+                "block_size",
+            )
+        object.__setattr__(self, "block_size", min(self.block_size, self.size))  # frozen, and still being made
+        return self
 
 
 class Placement(Model):

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from millrace.core.errors import TransformError
 
-__all__ = ["canonical"]
+__all__ = ["canonical", "raw_offsets"]
 
 Mask = npt.NDArray[np.bool_]
 
@@ -114,15 +114,16 @@ def _offsets(
 ) -> tuple[pa.Array, pa.Buffer, int, int]:
     """The array (another one, if values lay under nulls), its offsets from 0, and which values are its own."""
     n = len(array)
-    found = _raw_offsets(array, width)
+    found = raw_offsets(array, width)
     if valid is not None and bool((np.diff(found)[~valid] != 0).any()):
         array = array.take(pa.array(np.arange(n), mask=~valid))
-        found = _raw_offsets(array, width)
+        found = raw_offsets(array, width)
     start, end = int(found[0]), int(found[-1])
     return array, pa.py_buffer(found - width(start) if start else np.ascontiguousarray(found)), start, end
 
 
-def _raw_offsets(array: pa.Array, width: type[np.signedinteger[Any]]) -> npt.NDArray[Any]:
+def raw_offsets(array: pa.Array, width: type[np.signedinteger[Any]]) -> npt.NDArray[Any]:
+    """The ``len(array) + 1`` offsets of strings, binary, lists or maps: a view, as they lie, so not always from 0."""
     buffer = array.buffers()[1]
     if len(array) == 0 or buffer is None:
         return np.zeros(1, dtype=width)

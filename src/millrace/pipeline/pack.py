@@ -17,6 +17,7 @@ from millrace.core.model import Block, Digest, Shard, block_digest
 from millrace.core.spec import Shards
 from millrace.pipeline.canonical import canonical
 from millrace.pipeline.process.plain import plain_batch
+from millrace.pipeline.rowsize import row_sizes
 
 __all__ = ["PackedShard", "pack"]
 
@@ -36,10 +37,10 @@ class PackedShard:
 def pack(batches: Iterable[pa.RecordBatch], shards: Shards) -> Iterator[PackedShard]:
     """Cut ``batches`` into blocks and blocks into shards.
 
-    A block has exactly ``shards.block_rows`` rows, except the last of a chunk and one whose values already fill
-    a shard by themselves. A shard is closed by the first block that brings it to ``shards.size`` bytes.
-    All batches have one schema; it is packed as its plain one. Equal records in an equal order have equal bytes,
-    however the batches were cut, as long as no block is closed for its size.
+    A block is closed by its ``shards.block_rows``-th row or by the one that brings it to ``shards.block_size`` bytes,
+    whichever comes first; see ``rowsize`` for what a row's size is. A shard is closed by the first block that brings
+    it to ``shards.size`` bytes. All batches have one schema; it is packed as its plain one. Equal records in an equal
+    order have equal bytes, however the batches were cut.
 
     Raises:
         TransformError: the schema changes between batches, or a type has no plain form; names the column.
@@ -57,7 +58,7 @@ def pack(batches: Iterable[pa.RecordBatch], shards: Shards) -> Iterator[PackedSh
 
 
 def _blocks(batches: Iterable[pa.RecordBatch], shards: Shards) -> Iterator[pa.RecordBatch]:
-    """Batches of ``block_rows`` rows; slices where one batch suffices, copies only across batch borders."""
+    """One batch a block; slices where one batch suffices, copies only across batch borders."""
     pending: list[pa.RecordBatch] = []
     rows = size = 0
     schema: pa.Schema | None = None
@@ -66,14 +67,15 @@ def _blocks(batches: Iterable[pa.RecordBatch], shards: Shards) -> Iterator[pa.Re
             schema = batch.schema
         elif not batch.schema.equals(schema):
             raise TransformError(_difference(schema, batch.schema))
+        sizes = row_sizes(batch)
         start = 0
         while start < batch.num_rows:
-            part = batch.slice(start, min(shards.block_rows - rows, batch.num_rows - start))
-            pending.append(part)
-            rows += part.num_rows
-            size += part.nbytes
-            start += part.num_rows
-            if rows == shards.block_rows or size >= shards.size:
+            end = min(start + shards.block_rows - rows, sizes.reaching(shards.block_size - size, start))
+            pending.append(batch.slice(start, end - start))
+            rows += end - start
+            size += sizes.between(start, end)
+            start = end
+            if rows == shards.block_rows or size >= shards.block_size:
                 yield _join(pending)
                 pending, rows, size = [], 0, 0
     if rows:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from prometheus_client import CollectorRegistry
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
+from millrace.coord.memory import MemoryCoordination
 from millrace.coord.sqlite import SqliteCoordination
 from millrace.core.errors import NotFound, StoreError, UsageError
 from millrace.core.model import StoreSite
@@ -28,7 +29,7 @@ from millrace.telemetry.metrics import StoreMetrics
 from millrace.wiring.clock import SystemClock
 from millrace.wiring.memory import settle_memory
 
-__all__ = ["OpenWorld", "folder_of", "open_sources", "open_stores", "open_world", "read_pipeline", "read_world"]
+__all__ = ["OpenWorld", "folder_of", "open_bare", "open_sources", "open_stores", "open_world", "read_pipeline", "read_world"]
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -115,6 +116,41 @@ async def open_world(file: Path | None) -> AsyncIterator[OpenWorld]:
             stores=stores,
             work=work,
             coord=coord,
+            clock=clock,
+        )
+
+
+@contextlib.asynccontextmanager
+async def open_bare(url: str) -> AsyncIterator[OpenWorld]:
+    """A world of one store, to read what lies in it: no file, nothing kept.
+
+    Args:
+        url: The store's root; relative ``file://`` URLs start from the working directory.
+
+    Raises:
+        UsageError: it is no URL of a store.
+    """
+    settle_memory()
+    try:
+        spec = World.model_validate(
+            {"clouds": {"anywhere": {"regions": {"anywhere": {"jurisdiction": "any", "stores": {"url": {"url": url}}}}}}}
+        )
+    except ValidationError as error:
+        raise UsageError(f"{url!r} is not a store's URL: {error.errors()[0]['msg']}") from error
+    clock = SystemClock()
+    stores = open_stores(spec, Path.cwd())
+    work = open_store("memory://", name="work", base=Path.cwd(), layers=_layers())
+    async with contextlib.AsyncExitStack() as stack:
+        for store in (*stores.values(), work):
+            stack.push_async_callback(store.aclose)
+        yield OpenWorld(
+            file=Path(url),
+            spec=spec,
+            sites=spec.sites(),
+            near=None,
+            stores=stores,
+            work=work,
+            coord=MemoryCoordination(),
             clock=clock,
         )
 

@@ -1,0 +1,213 @@
+"""From what a user asks for to a loader: options checked, defaults found, everything tied together."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import pyarrow as pa
+
+from millrace.client.formats import FormatName, finish_for
+from millrace.core.errors import UsageError
+from millrace.core.units import format_size, parse_share, parse_size
+from millrace.feed.columns import columns_of
+from millrace.feed.loader import Loader
+from millrace.feed.mixing import Stage
+from millrace.feed.order import ORDER_VERSION, EpochOrder, Order, OrderPlan, Shuffle, parse_shuffle, plan_order
+from millrace.feed.receipt import Traffic
+from millrace.feed.recipe import Recipe
+from millrace.feed.share import Sharing
+from millrace.wiring.surroundings import rank_and_world
+
+if TYPE_CHECKING:
+    from millrace.client.dataset import Dataset
+
+__all__ = ["LoaderOptions", "build_loader"]
+
+_SPARE_BYTES: Final = 64_000_000
+"""Room for blocks loaded ahead of a window's end, above what windows need."""
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """What a user asked for; see ``Dataset.loader``."""
+
+    batch_size: int
+    seed: int
+    shuffle: bool | str
+    rank: int | None
+    world_size: int | None
+    replication: int
+    drop_last: bool
+    columns: tuple[str, ...] | None
+    format: FormatName | None
+    decode: Mapping[str, Callable[[Any], Any]]
+    lanes: int | None
+    window: int | None
+    prefetch: str | int
+    memory: str | int | None
+    quarantine: float | str
+    pin_memory: bool
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How streams are mixed.
+
+    Attributes:
+        stages: One after the other.
+    """
+
+    stages: tuple[Stage, ...]
+
+
+def build_loader(datasets: Sequence[Dataset], mixture: Mixture | None, options: LoaderOptions) -> Loader:
+    """A loader over one dataset, or over several that are mixed.
+
+    Raises:
+        UsageError: something doesn't fit; names it.
+    """
+    schema = _one_schema(datasets)
+    empty = [d.label for d in datasets if len(d) == 0]
+    if empty:
+        raise UsageError(f"{empty[0]} has no rows, so there is nothing to feed")
+    sharing = _sharing(options)
+    finish = finish_for(options.format, pin_memory=options.pin_memory)
+    shuffle = parse_shuffle(options.shuffle)
+    plans = _plans(datasets, shuffle, options)
+    manifests = [d.digest for d in datasets]
+    rows = [d.index.rows for d in datasets]
+    order: Callable[[int], Order]
+    if mixture is None:
+        def order(epoch: int) -> Order:
+            return EpochOrder(plans[0], rows[0], manifest=manifests[0], epoch=epoch)
+    else:
+        raise NotImplementedError
+    memory = _memory(datasets, plans, sharing, options)
+    lanes_here = -(-plans[0].lanes // sharing.groups)
+    window_rows = sum(int(d.index.rows.mean() * p.window * lanes_here) for d, p in zip(datasets, plans, strict=True))
+    first = datasets[0]
+    recipe = Recipe(
+        sources=tuple(d.source for d in datasets),
+        labels=tuple(d.label for d in datasets),
+        schema=schema,
+        columns=columns_of(schema, options.columns),
+        decode=options.decode,
+        order=order,
+        identity=_identity(datasets, plans, mixture),
+        sharing=sharing,
+        finish=finish,
+        in_place=shuffle in {Shuffle.BLOCKS, Shuffle.NONE} and mixture is None,
+        window_rows=2**40 if shuffle is not Shuffle.WINDOW else window_rows,
+        memory_bytes=memory,
+        ahead_bytes=_size("prefetch", options.prefetch),
+        quarantine=parse_share(options.quarantine),
+    )
+    sharing.steps(order(0).rows)  # refuses what would give nothing
+    return Loader(
+        recipe,
+        cache=first.cache,
+        background=first.session.background,
+        clock=first.session.world.clock,
+        traffic=lambda: _traffic(datasets),
+        events=first.events,
+    )
+
+
+def _sharing(options: LoaderOptions) -> Sharing:
+    rank, world_size = options.rank, options.world_size
+    if (rank is None) != (world_size is None):
+        given, lacking = ("rank", "world_size") if world_size is None else ("world_size", "rank")
+        raise UsageError(f"{given}= is given and {lacking}= isn't; give both, or neither to ask the launcher")
+    if rank is None or world_size is None:
+        rank, world_size = _distributed() or rank_and_world()
+    return Sharing(options.batch_size, rank, world_size, options.replication, options.drop_last)
+
+
+def _distributed() -> tuple[int, int] | None:
+    if "torch.distributed" not in sys.modules:
+        return None
+    from millrace.feed.torch.tensors import distributed_rank  # only where torch is in use already
+
+    return distributed_rank()
+
+
+def _plans(datasets: Sequence[Dataset], shuffle: Shuffle, options: LoaderOptions) -> list[OrderPlan]:
+    return [
+        plan_order(
+            d.index.rows,
+            d.index.lengths,
+            seed=options.seed,
+            shuffle=shuffle,
+            lanes=options.lanes,
+            window=options.window,
+        )
+        for d in datasets
+    ]
+
+
+def _memory(
+    datasets: Sequence[Dataset], plans: Sequence[OrderPlan], sharing: Sharing, options: LoaderOptions
+) -> int:
+    """Bytes for blocks: what the windows that are open at a time hold, and some that come."""
+    if options.memory is not None:
+        return _size("memory", options.memory)
+    total = 0
+    for d, plan in zip(datasets, plans, strict=True):
+        lengths = d.index.lengths
+        if plan.shuffle is Shuffle.FULL:
+            total += int(lengths.sum()) + len(lengths) * 65_536
+            continue
+        lanes = min(-(-plan.lanes // sharing.groups) + 1, plan.lanes)
+        blocks = min(lanes * plan.window, len(lengths))
+        total += math.ceil(1.125 * blocks * (float(lengths.mean()) + 65_536))
+    allowed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    if plans[0].shuffle is Shuffle.FULL and total > allowed:
+        raise UsageError(
+            f"shuffle='full' keeps the dataset in memory, {format_size(total)}, and a quarter of this machine's is "
+            f"{format_size(allowed)}; use shuffle='window', which spreads rows nearly as well, or say memory= yourself"
+        )
+    return total + _SPARE_BYTES
+
+
+def _size(what: str, value: str | int) -> int:
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise UsageError(f"{what}={value!r}: {error}") from error
+
+
+def _one_schema(datasets: Sequence[Dataset]) -> pa.Schema:
+    first = datasets[0]
+    for other in datasets[1:]:
+        if not other.schema.equals(first.schema):
+            raise UsageError(
+                f"{first.label} and {other.label} can't be mixed: their rows have other columns "
+                f"({_columns(first.schema)} and {_columns(other.schema)}); bring them to one schema at ingest"
+            )
+    return first.schema
+
+
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(f"{f.name}: {f.type}" for f in schema)
+
+
+def _identity(datasets: Sequence[Dataset], plans: Sequence[OrderPlan], mixture: Mixture | None) -> dict[str, Any]:
+    """What decides the order, for states: named so that a difference can be."""
+    return {
+        "datasets": [d.digest for d in datasets],
+        "seed": plans[0].seed,
+        "shuffle": plans[0].shuffle.value,
+        "lanes": plans[0].lanes,
+        "window": [p.window for p in plans],
+        "order": ORDER_VERSION,
+        "mix": None if mixture is None else [[s.rows, list(s.weights)] for s in mixture.stages],
+    }
+
+
+def _traffic(datasets: Sequence[Dataset]) -> list[Traffic]:
+    return [item for d in datasets for item in d.traffic()]

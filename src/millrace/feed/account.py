@@ -1,0 +1,105 @@
+"""What was given of an epoch, as it is given: the making of a receipt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from millrace.core.errors import QuarantineExceeded
+from millrace.core.ports import Clock
+from millrace.feed.events import FeedEvent
+from millrace.feed.receipt import QuarantinedRow, Receipt, Traffic
+from millrace.feed.recipe import Recipe
+from millrace.feed.spans import Span
+from millrace.feed.state import Place
+from millrace.feed.tally import RowTally
+
+__all__ = ["Account"]
+
+_ALWAYS = 10
+"""Rows that may be set aside however small the epoch is."""
+
+
+class Account:
+    """Of one epoch, from where this process took it up.
+
+    Rows are counted when their span ends or somebody asks, not batch by batch.
+
+    Args:
+        recipe: Of the loader.
+        place: Where it was taken up.
+        order: The order's fingerprint.
+        total: Positions in the epoch.
+        clock: For events.
+        events: Where rows that are set aside are told of.
+    """
+
+    def __init__(
+        self, recipe: Recipe, place: Place, *, order: str, total: int, clock: Clock, events: list[FeedEvent]
+    ) -> None:
+        self._recipe = recipe
+        self._epoch, self._begin = place.epoch, place.position
+        self._end = place.position
+        self._order = order
+        self._total = total
+        self._clock = clock
+        self._events = events
+        self._tally = RowTally()
+        self._quarantined: set[QuarantinedRow] = set()
+        self._span: Span | None = None
+        self._counted = self._given = 0
+
+    def given(self, span: Span, upto: int, position: int) -> None:
+        """A step was given: the span's rows before ``upto``, the epoch's positions before ``position``."""
+        if self._span is not span:
+            self._count()
+            self._span, self._counted = span, 0
+        self._given = upto
+        self._end = position
+
+    def set_aside(self, span: Span, i: int, reason: str) -> None:
+        """Row ``i`` of a span can't be given.
+
+        Raises:
+            QuarantineExceeded: these are too many.
+        """
+        if not span.given[i]:
+            return
+        span.given[i] = False
+        stream, row = int(span.stream[i]), int(span.ids[i])
+        version = self._recipe.sources[stream].index.manifest
+        self._quarantined.add(QuarantinedRow(int(span.positions[i]), version, row, reason))
+        sentence = f"row {row} of {self._recipe.labels[stream]} is set aside: {reason}"
+        self._events.append(FeedEvent("quarantine", sentence, self._clock.now_ms()))
+        if len(self._quarantined) > max(self._recipe.quarantine * self._total, _ALWAYS):
+            raise QuarantineExceeded(
+                f"{len(self._quarantined)} rows of epoch {self._epoch} can't be given, more than quarantine="
+                f"{self._recipe.quarantine:g} allows; the newest: {sentence}"
+            )
+
+    def receipt(self, traffic: Sequence[Traffic]) -> Receipt:
+        """What was given so far."""
+        self._count()
+        sharing = self._recipe.sharing
+        return Receipt(
+            datasets=tuple(s.index.manifest for s in self._recipe.sources),
+            order=self._order,
+            epoch=self._epoch,
+            begin=self._begin,
+            end=self._end,
+            total=self._total,
+            rows=self._tally.rows,
+            digest=self._tally.hexdigest(),
+            quarantined=tuple(sorted(q for q in self._quarantined if q.position < self._end)),
+            share=(sharing.rank, sharing.world_size, sharing.replication),
+            traffic=tuple(traffic),
+        )
+
+    def _count(self) -> None:
+        span, a, b = self._span, self._counted, self._given
+        if span is None or a == b:
+            return
+        kept = a + np.flatnonzero(span.given[a:b])
+        self._tally.add(span.positions[kept], span.stream[kept], span.ids[kept])
+        self._counted = b

@@ -1,0 +1,298 @@
+"""What a batch's columns are made of: from the schema, how rows are gathered out of the arena.
+
+A block in the arena is an Arrow message, and its arrays' buffers are addresses in there. A column of a fixed width is
+gathered by one indexing call for a whole batch, whatever blocks the rows are in; a column of variable width by its
+offsets and one concatenation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from millrace.core.errors import Corrupt, UsageError
+from millrace.feed.arena import Arena
+
+__all__ = ["Bound", "Column", "Gather", "Ragged", "bind", "columns_of"]
+
+Int64s = npt.NDArray[np.int64]
+Values = npt.NDArray[Any]
+
+
+class Ragged(NamedTuple):
+    """Rows of different lengths, end to end.
+
+    Attributes:
+        values: All rows' values, one after the other.
+        offsets: int64, shape (rows + 1,): row ``i`` is ``values[offsets[i]:offsets[i + 1]]``.
+    """
+
+    values: Any
+    offsets: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of the batches.
+
+    Attributes:
+        name: As in the schema.
+        index: Its place there.
+        kind: ``fixed`` (an array of ``dtype`` and ``shape`` a row), ``bits``, ``ragged``, ``text``, or ``objects``
+            (Python values: nested types).
+        dtype: Of the values.
+        shape: Of one row.
+        wide: Whether offsets have 64 bits.
+        null: What a null is: ``nan``, ``none``, or ``bad`` (the row can't be given).
+    """
+
+    name: str
+    index: int
+    kind: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...] = ()
+    wide: bool = False
+    null: str = "bad"
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a fixed row."""
+        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A block's columns, found in the arena.
+
+    Attributes:
+        addresses: int64, shape (columns, 2): where values and where offsets (or bits) begin, as arena offsets.
+        bad: Row to why it can't be given.
+        batch: The block itself, for columns of Python values and for Arrow batches.
+    """
+
+    addresses: Int64s
+    bad: Mapping[int, str]
+    batch: pa.RecordBatch
+
+
+_OBJECT: Final = np.dtype(object)
+_U8: Final = np.dtype(np.uint8)
+
+
+def columns_of(schema: pa.Schema, names: Sequence[str] | None) -> tuple[Column, ...]:
+    """How each column is given, in the schema's order or that of ``names``.
+
+    Raises:
+        UsageError: there is no such column; names those there are.
+    """
+    wanted = list(schema.names) if names is None else list(names)
+    for name in wanted:
+        if schema.names.count(name) != 1:
+            raise UsageError(f"there is no one column {name!r}; there is {', '.join(schema.names)}")
+    if not wanted:
+        raise UsageError(f"columns= names no column; there is {', '.join(schema.names)}")
+    return tuple(_column(name, schema.get_field_index(name), schema.field(name).type) for name in wanted)
+
+
+def _column(name: str, index: int, kind: pa.DataType) -> Column:
+    types = pa.types
+    if types.is_boolean(kind):
+        return Column(name, index, "bits", np.dtype(np.bool_))
+    if types.is_string(kind) or types.is_large_string(kind):
+        return Column(name, index, "text", _U8, wide=types.is_large_string(kind), null="none")
+    if types.is_binary(kind) or types.is_large_binary(kind):
+        return Column(name, index, "ragged", _U8, wide=types.is_large_binary(kind))
+    if (types.is_list(kind) or types.is_large_list(kind)) and (dtype := _primitive(kind.value_type)) is not None:
+        return Column(name, index, "ragged", dtype, wide=types.is_large_list(kind))
+    shape: list[int] = []
+    while types.is_fixed_size_list(kind):
+        shape.append(kind.list_size)
+        kind = kind.value_type
+    if types.is_fixed_size_binary(kind):
+        return Column(name, index, "fixed", _U8, (*shape, kind.byte_width))
+    dtype = _primitive(kind)
+    if dtype is None or 0 in shape:
+        return Column(name, index, "objects", _OBJECT, null="none")
+    null = "nan" if dtype.kind == "f" and not shape else "bad"
+    return Column(name, index, "fixed", dtype, tuple(shape), null=null)
+
+
+def _primitive(kind: pa.DataType) -> np.dtype[Any] | None:
+    types = pa.types
+    is_number = types.is_integer(kind) or types.is_floating(kind)
+    if not (is_number or types.is_timestamp(kind) or types.is_date(kind) or types.is_time(kind)):
+        return None
+    if types.is_time(kind) or (types.is_date(kind) and kind.bit_width == 32):
+        return np.dtype(f"i{kind.bit_width // 8}")
+    if types.is_date(kind):
+        return np.dtype("M8[ms]")
+    if types.is_timestamp(kind):
+        return np.dtype(f"M8[{kind.unit}]")
+    dtype: np.dtype[Any] = np.dtype(kind.to_pandas_dtype())
+    return dtype
+
+
+def bind(batch: pa.RecordBatch, columns: Sequence[Column], arena: Arena) -> Bound:
+    """Find the columns of a block that lies in the arena.
+
+    Nulls of floating-point columns are made NaN where they lie.
+
+    Raises:
+        Corrupt: a buffer lies elsewhere: the block was not plain.
+    """
+    addresses = np.zeros((len(columns), 2), np.int64)
+    bad: dict[int, str] = {}
+    for i, column in enumerate(columns):
+        array = batch.column(column.index)
+        if array.null_count and column.null == "bad":
+            for row in _nulls(array):
+                bad.setdefault(int(row), f"column {column.name!r} is null, and {array.type} has no value for that")
+        if column.kind != "objects" and len(array):
+            for row in _inner_nulls(array):
+                bad.setdefault(row, f"column {column.name!r} has a null inside of a value")
+            addresses[i] = _addresses(array, column, arena)
+            if array.null_count and column.null == "nan":
+                _fill_nan(array, column, arena, int(addresses[i, 0]))
+    return Bound(addresses, bad, batch)
+
+
+def _addresses(array: pa.Array, column: Column, arena: Arena) -> tuple[int, int]:
+    buffers = array.buffers()
+    if column.kind in {"ragged", "text"}:
+        is_list = pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
+        values = array.values.buffers()[1] if is_list else buffers[2]
+        return _place(values, arena), _place(buffers[1], arena)
+    while pa.types.is_fixed_size_list(array.type):
+        array = array.values
+    place = _place(array.buffers()[1], arena)
+    return (0, place) if column.kind == "bits" else (place, 0)
+
+
+def _place(buffer: pa.Buffer | None, arena: Arena) -> int:
+    if buffer is None or buffer.size == 0:
+        return 0
+    place = int(buffer.address) - arena.address
+    if not 0 <= place <= len(arena.bytes) - buffer.size:
+        raise Corrupt("a block's values don't lie in the block: it was cached in a form that can't be read in place")
+    return place
+
+
+def _inner_nulls(array: pa.Array) -> Sequence[int]:
+    """Rows with a null inside of their value; none nearly always, and that is quick."""
+    types = pa.types
+    per_row = 1
+    inner = array
+    while types.is_fixed_size_list(inner.type):
+        per_row *= inner.type.list_size
+        inner = inner.values
+        if inner.null_count:
+            rows = np.unique(_nulls(inner) // per_row)
+            return rows[_valid(array)[rows]].tolist()  # type: ignore[no-any-return]
+    if (types.is_list(array.type) or types.is_large_list(array.type)) and array.values.null_count:
+        rows = np.searchsorted(array.offsets.to_numpy(), _nulls(array.values), side="right") - 1
+        return np.unique(rows).tolist()  # type: ignore[no-any-return]
+    return ()
+
+
+def _nulls(array: pa.Array) -> Int64s:
+    return np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))
+
+
+def _valid(array: pa.Array) -> npt.NDArray[np.bool_]:
+    return np.asarray(array.is_valid().to_numpy(zero_copy_only=False))
+
+
+def _fill_nan(array: pa.Array, column: Column, arena: Arena, place: int) -> None:
+    values = arena.bytes[place : place + len(array) * column.dtype.itemsize].view(column.dtype)
+    values[_nulls(array)] = np.nan
+
+
+class Gather:
+    """Gathers rows of the arena's blocks into arrays of their own, column by column.
+
+    Args:
+        arena: Where the blocks are.
+        columns: Which columns.
+        decode: Column name to what makes a value of a row's bytes (or text, or Python value).
+    """
+
+    def __init__(self, arena: Arena, columns: Sequence[Column], decode: Mapping[str, Callable[[Any], Any]]) -> None:
+        unknown = set(decode) - {c.name for c in columns}
+        if unknown:
+            raise UsageError(f"decode= names {sorted(unknown)[0]!r}, which is not a column that is read")
+        self.columns = tuple(columns)
+        self.decode = dict(decode)
+        self._arena = arena
+        self._memory = memoryview(arena.bytes)  # type: ignore[arg-type]
+        self._wide = arena.strided(np.dtype(np.int64))
+        self._narrow = arena.strided(np.dtype(np.int32))
+        self._fixed = {
+            i: arena.strided(np.dtype(f"V{c.row_bytes}")) for i, c in enumerate(columns) if c.kind == "fixed"
+        }
+
+    def starts(self, addresses: Int64s, rows: Int64s) -> list[Int64s]:
+        """For each column, where each of many rows lies; what :meth:`column` takes slices of.
+
+        Args:
+            addresses: Shape (rows, columns, 2): of each row's block.
+            rows: Each row's place in its block.
+
+        Returns:
+            For fixed columns offsets of the values, shape (rows,); for ragged ones begin and end, shape (rows, 2);
+            for bits the number of the bit.
+        """
+        found: list[Int64s] = []
+        for i, column in enumerate(self.columns):
+            values, offsets = addresses[:, i, 0], addresses[:, i, 1]
+            if column.kind == "fixed":
+                found.append(values + rows * column.row_bytes)
+            elif column.kind == "bits":
+                found.append(offsets * 8 + rows)
+            elif column.kind in {"ragged", "text"}:
+                width, table = (8, self._wide) if column.wide else (4, self._narrow)
+                at = offsets + rows * width
+                ends = np.stack([table[at], table[at + width]], axis=1).astype(np.int64)
+                found.append(values[:, None] + ends * column.dtype.itemsize)
+            else:
+                found.append(rows)
+        return found
+
+    def column(self, i: int, starts: Int64s, batches: Sequence[pa.RecordBatch] | None) -> Any:
+        """One column of one batch.
+
+        Args:
+            i: Which.
+            starts: A slice of what :meth:`starts` gave.
+            batches: Each row's block, for columns of Python values.
+        """
+        column = self.columns[i]
+        if column.kind == "fixed":
+            taken = self._fixed[i][starts]
+            return taken.view(column.dtype).reshape(len(starts), *column.shape)
+        if column.kind == "bits":
+            return (self._arena.bytes[starts >> 3] >> (starts & 7).astype(np.uint8) & 1).astype(np.bool_)
+        if column.kind == "ragged":
+            return self._ragged(column, starts)
+        if column.kind == "text":
+            memory = self._memory
+            return [str(memory[a:b], "utf-8") for a, b in starts.tolist()]
+        if batches is None:
+            raise UsageError(f"column {column.name!r} is nested and can't be gathered without its blocks")
+        return [b.column(column.index)[r].as_py() for b, r in zip(batches, starts.tolist(), strict=True)]
+
+    def _ragged(self, column: Column, starts: Int64s) -> Ragged:
+        lengths = starts[:, 1] - starts[:, 0]
+        offsets = np.zeros(len(starts) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        data = np.empty(int(offsets[-1]), np.uint8)
+        if len(starts):
+            memory = self._arena.bytes
+            np.concatenate([memory[a:b] for a, b in starts.tolist()], out=data)
+        if column.dtype.itemsize != 1:
+            offsets //= column.dtype.itemsize
+        return Ragged(data.view(column.dtype), offsets)
