@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 
@@ -84,7 +85,7 @@ def test_who_works_is_asked_before_who_was_left_and_the_best_of_them_first(
     kinds = [(c.missing, c.standing.failures > 0) for c in order]
     assert kinds == sorted(kinds)
     working = [c for c in order if not c.missing and not c.standing.failures]
-    for better, worse in zip(working, working[1:], strict=False):
+    for better, worse in itertools.pairwise(working):
         assert better.rank < worse.rank
     left = [c for c in order if not c.missing and c.standing.failures]
     waits = [max(0.0, c.standing.until_s - now_s) for c in left]
@@ -300,4 +301,4 @@ def test_at_most_one_a_second_and_none_is_lost(said: list[tuple[float, str, str]
             )
             assert counted == n
             times = [e.at_ms for e in mine[:-1]]  # the last one is told by close
-            assert all(later - sooner >= 999 for sooner, later in zip(times, times[1:], strict=False))
+            assert all(later - sooner >= 999 for sooner, later in itertools.pairwise(times))

@@ -13,7 +13,7 @@ from millrace.catalog.checkpoint_depot import LOCAL, Budget, Depot, Grip, grippe
 from millrace.catalog.checkpoint_files import Item, Tree, hash_file, read_span, scan, still_the_same
 from millrace.catalog.checkpoint_manifest import check_step, encode_manifest, identity, key_of
 from millrace.catalog.checkpoint_parts import each_within, is_true
-from millrace.catalog.checkpoint_survey import Known, change_record, read_manifest, survey
+from millrace.catalog.checkpoint_survey import change_record, read_manifest, survey
 from millrace.catalog.checkpoint_whole import is_lost
 from millrace.core.errors import CoordError, Fenced, StoreError, UsageError
 from millrace.core.facts import CheckpointFile, CheckpointManifest, CheckpointPart, CheckpointRecord

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from millrace.catalog.checkpoint_depot import LOCAL, Depot
+from millrace.catalog.checkpoint_depot import Depot
 from millrace.catalog.checkpoint_manifest import ManifestKey, decode_manifest, parse_key
 from millrace.catalog.crew import at_once
 from millrace.catalog.versions import entries
@@ -16,7 +16,16 @@ from millrace.core.keys import checkpoint_folder, checkpoint_manifest, checkpoin
 from millrace.core.model import Digest
 from millrace.core.ports import Compare, Lease, Write
 
-__all__ = ["COORDINATION", "Known", "Survey", "change_record", "list_manifests", "read_manifest", "records_of", "survey"]
+__all__ = [
+    "COORDINATION",
+    "Known",
+    "Survey",
+    "change_record",
+    "list_manifests",
+    "read_manifest",
+    "records_of",
+    "survey",
+]
 
 COORDINATION: Final = "(coordination)"
 """What the coordination is called among the stores that failed."""
@@ -109,9 +118,7 @@ async def survey(depot: Depot, *, among: Collection[str] | None = None, tolerant
     return Survey(_known(depot, listed, records), listed, records, failed)
 
 
-def _known(
-    depot: Depot, listed: Mapping[str, Listed], records: Mapping[int, CheckpointRecord]
-) -> tuple[Known, ...]:
+def _known(depot: Depot, listed: Mapping[str, Listed], records: Mapping[int, CheckpointRecord]) -> tuple[Known, ...]:
     keys = {key: said for found in listed.values() for key, (said, _) in found.items()}
     for record in records.values():
         key = checkpoint_manifest(depot.name, record.step, Digest(record.digest))

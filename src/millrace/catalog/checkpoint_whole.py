@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from millrace.catalog.checkpoint_depot import LOCAL, Budget, Depot
 from millrace.catalog.checkpoint_manifest import encode_manifest, key_of, parts_of
 from millrace.catalog.checkpoint_parts import each_within, is_true, read_part
-from millrace.catalog.checkpoint_survey import Known, Survey, read_manifest, survey
+from millrace.catalog.checkpoint_survey import COORDINATION, Known, Survey, read_manifest, survey
 from millrace.core.errors import Corrupt, StoreError, Unavailable, UsageError
 from millrace.core.facts import CheckpointManifest
 from millrace.core.keys import checkpoint_object
@@ -62,7 +62,7 @@ async def newest(depot: Depot) -> Whole | None:
             f"no checkpoint of {depot.name} is whole in what can be reached: {'; '.join((*passed, *notes))}; bring "
             "the stores back, or begin anew under another name"
         )
-    if len(found.failed.keys() - {LOCAL}) >= depot.policy.replicas:
+    if len(found.failed.keys() - {LOCAL, COORDINATION}) >= depot.policy.replicas:
         raise Unavailable(
             f"it can't be told whether there is a checkpoint of {depot.name}: {'; '.join(notes)}; bring the stores "
             "back, or begin anew under another name"
@@ -87,7 +87,9 @@ async def at_step(depot: Depot, step: int) -> Whole:
 
 def _no_such(depot: Depot, found: Survey, step: int) -> str:
     steps = [str(k.step) for k in found.known]
-    there = f"there is {', '.join(steps[:12])}{' and older ones' if len(steps) > 12 else ''}" if steps else "nor any other"
+    there = (
+        f"there is {', '.join(steps[:12])}{' and older ones' if len(steps) > 12 else ''}" if steps else "nor any other"
+    )
     failed = f"; {', '.join(found.failed)} could not be asked" if found.failed else ""
     return f"{depot.name} has no checkpoint of step {step}, {there}{failed}"
 

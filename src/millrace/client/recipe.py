@@ -13,10 +13,9 @@ import pyarrow as pa
 
 from millrace.client.formats import FormatName, finish_for
 from millrace.core.errors import UsageError
-from millrace.core.units import format_size, parse_share, parse_size
+from millrace.core.units import format_bytes, parse_share, parse_size
 from millrace.feed.columns import columns_of
 from millrace.feed.loader import Loader
-from millrace.feed.mixing import Stage
 from millrace.feed.order import ORDER_VERSION, EpochOrder, Order, OrderPlan, Shuffle, parse_shuffle, plan_order
 from millrace.feed.receipt import Traffic
 from millrace.feed.recipe import Recipe
@@ -24,6 +23,7 @@ from millrace.feed.share import Sharing
 from millrace.wiring.surroundings import rank_and_world
 
 if TYPE_CHECKING:
+    from millrace.feed.mixing import Stage
     from millrace.client.dataset import Dataset
 
 __all__ = ["LoaderOptions", "build_loader"]
@@ -168,8 +168,8 @@ def _memory(
     allowed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
     if plans[0].shuffle is Shuffle.FULL and total > allowed:
         raise UsageError(
-            f"shuffle='full' keeps the dataset in memory, {format_size(total)}, and a quarter of this machine's is "
-            f"{format_size(allowed)}; use shuffle='window', which spreads rows nearly as well, or say memory= yourself"
+            f"shuffle='full' keeps the dataset in memory, {format_bytes(total)}, and a quarter of this machine's is "
+            f"{format_bytes(allowed)}; use shuffle='window', which spreads rows nearly as well, or say memory= yourself"
         )
     return total + _SPARE_BYTES
 

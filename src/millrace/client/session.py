@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import concurrent.futures
 import os
 import threading
@@ -79,9 +80,7 @@ _lock = threading.Lock()
 
 
 def session_for(world: Path | None) -> Session:
-    """The process's one session with a world, open for as long as the process lives.
-
-    Nothing has to be closed at its end: whatever is written is durable when it is acknowledged, and claims expire.
+    """The process's one session with a world; it is closed when the process ends.
 
     Args:
         world: The world file; None means ``$MILLRACE_WORLD``, or ``world.yaml`` here or in a folder above.
@@ -108,7 +107,21 @@ def _shared(place: str, opening: Callable[[], AbstractAsyncContextManager[OpenWo
     with _lock:
         if key not in _sessions:
             _sessions[key] = Session(opening())
+            if len(_sessions) == 1:
+                _at_exit(_close_all)
         return _sessions[key]
+
+
+def _at_exit(work: Callable[[], None]) -> None:
+    """Before thread pools close: what closes a world needs them, and ``atexit`` comes too late."""
+    register = getattr(threading, "_register_atexit", atexit.register)
+    register(work)
+
+
+def _close_all() -> None:
+    for (pid, _), session in list(_sessions.items()):
+        if pid == os.getpid():
+            session.close()
 
 
 async def _event() -> asyncio.Event:

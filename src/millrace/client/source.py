@@ -17,7 +17,7 @@ from millrace.core.model import shard_key
 from millrace.core.ports import Bytes
 from millrace.feed.index import BlockIndex, Extent, build_index
 from millrace.feed.replicas import ReplicaReader
-from millrace.pipeline.adopted import decode_block
+from millrace.pipeline.adopted.decode import decode_block
 
 __all__ = ["VersionSource", "read_index"]
 

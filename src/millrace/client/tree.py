@@ -19,7 +19,8 @@ from millrace.catalog.versions import label, list_datasets, resolve
 from millrace.core.errors import UsageError
 from millrace.core.facts import ReplicaPage, VersionRecord
 from millrace.core.manifest import Encoding
-from millrace.core.model import Digest
+from millrace.core.model import Digest, shard_key
+from millrace.core.replicas import fetch
 from millrace.wiring.world import OpenWorld
 
 __all__ = ["Branch", "Datasets", "Info", "Part", "Shelf", "directory"]
@@ -123,8 +124,8 @@ class _Shard:
 class _Files:
     """The files of one version, in dataset order.
 
-    Shards that Millrace packed are numbered from 0. Adopted ones, which lie under names of their own, are to be
-    named here too: :meth:`name` and :meth:`find` are the only places that know.
+    They are numbered from 0, with a suffix that says what they are. :meth:`name` and :meth:`find` are the only places
+    that know.
     """
 
     def __init__(self, manifest: OpenManifest) -> None:
@@ -207,12 +208,13 @@ class Datasets:
         segment = await manifest.segment(shard.segment)
         digest = segment.digest(shard.index)
 
-        async def fetch() -> memoryview:
+        async def read() -> memoryview:
             page = await self._page(manifest, shard.segment)
             known = page.entries[shard.index] if page is not None else None
-            return await manifest.shard(digest, known)
+            key = known.key if known is not None else shard_key(digest)  # adopted ones lie under keys of their own
+            return await fetch(self._world.stores, key, digest, manifest.names(known))
 
-        return (Part(digest, int(segment.sizes[shard.index]), fetch),)
+        return (Part(digest, int(segment.sizes[shard.index]), read),)
 
     async def _open(self, reference: str) -> tuple[VersionRecord, OpenManifest]:
         version = self._versions.get(reference)

@@ -243,7 +243,7 @@ class BlockCache:
         """
         check_name(name)
         ticket = self._trouble.attempt()
-        if ticket is None or self._threads.stuck:
+        if ticket is None or self._threads.hang():
             return await fetch()
         lock = BlockLock(self._folder.lock(name))
         try:
@@ -255,7 +255,7 @@ class BlockCache:
                 await self._keep(name, pieces, lock, ticket)
             return pieces
         finally:
-            if self._threads.stuck:
+            if self._threads.hang():
                 self._threads.later(lock.release)
             elif not lock.over:
                 with contextlib.suppress(OSError):

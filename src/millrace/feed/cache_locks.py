@@ -130,10 +130,9 @@ class CacheThreads:
         self._mutex = threading.Lock()
         self._stuck = 0
 
-    @property
-    def stuck(self) -> int:
-        """How many calls were given up and have not come back: while there are any, the disk hangs."""
-        return self._stuck
+    def hang(self) -> bool:
+        """Whether a call was given up and has not come back: then the disk hangs."""
+        return self._stuck > 0
 
     def later(self, work: Callable[[], None]) -> None:
         """Call ``work`` in a thread, whenever there is one, and don't wait for it."""

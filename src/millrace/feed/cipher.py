@@ -311,7 +311,7 @@ def _network64(words: UInt64s, tall: UInt64s, wide: UInt64s, keys: UInt64s) -> N
     np.add(words, lower, out=words)
 
 
-# Arrays of no dimension: a plain number is converted anew at each of the hundred calls of a span, at the cost of the work.
+# Arrays of no dimension: a plain number would be converted anew at each of the hundred calls of a span.
 _SIXTEEN: Final = np.array(16, np.uint32)
 _ROUND_WORDS32: Final[Sequence[tuple[UInt32s, ...]]] = tuple(
     tuple(np.array(c, np.uint32) for c in constants) for constants in _ROUNDS32

@@ -17,20 +17,8 @@ from millrace.core.model import StoreSite
 from millrace.core.ports import Clock, Store
 from millrace.feed.events import EventKind, FeedEvent
 from millrace.feed.index import Extent
-from millrace.feed.sources import Attempt, Source, StoreTraffic, is_whole
-from millrace.feed.sources_choice import (
-    Budget,
-    Cause,
-    HedgePlan,
-    distance,
-    in_order,
-    patience,
-    pause_s,
-    probe_of,
-    put_aside,
-    reinstated,
-)
-from millrace.feed.sources_report import Reports
+from millrace.feed.sources import Attempt, Source, Sources, StoreTraffic, bytes_of
+from millrace.feed.sources_choice import HedgePlan, in_order, patience, probe_of
 
 __all__ = ["HedgePlan", "ReplicaReader", "StoreTraffic"]
 
@@ -71,25 +59,18 @@ class ReplicaReader:
         in_flight: int = 64,
         per_store: int = 16,
     ) -> None:
-        by_name = {site.name: site for site in sites}
-        self.sources: Mapping[str, Source] = {
-            name: Source(
-                name,
-                store,
-                site := by_name.get(name),
-                distance=distance(site, here),
-                price=0.0 if site is None else price(site),
-                at_once=per_store,
-            )
-            for name, store in stores.items()
-        }
-        self.plan = hedge
-        self.clock = clock
-        self.reports = Reports(clock, on_event)
-        self._rng = rng
-        self._budget = Budget(hedge.burst)
+        self._sources = Sources(
+            stores,
+            sites,
+            here=here,
+            price=price,
+            per_store=per_store,
+            plan=hedge,
+            clock=clock,
+            rng=rng,
+            on_event=on_event,
+        )
         self._places = asyncio.Semaphore(in_flight)
-        self._behind: set[asyncio.Task[object]] = set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -113,136 +94,24 @@ class ReplicaReader:
             Unavailable: no replica could be read; the message says why for each store, and how to repair.
         """
         async with self._places:
-            self.reports.due()
-            self._budget = self._budget.after_read(self.plan)
-            return await _Read(self, extent, key, names, len(names) if holders is None else holders).run()
+            self._sources.begin()
+            return await _Read(self._sources, extent, key, names, len(names) if holders is None else holders).run()
 
     def traffic(self) -> Mapping[str, StoreTraffic]:
         """What was read so far, for each store."""
-        return {name: source.traffic() for name, source in self.sources.items()}
+        return {name: source.traffic() for name, source in self._sources.by_name.items()}
 
     async def aclose(self) -> None:
         """End the probes, wait for what was cancelled, and tell what was not told yet. The stores stay open."""
-        for task in self._behind:
-            task.cancel()
-        while self._behind:
-            await asyncio.wait(self._behind)
-        self.reports.close()
-
-    # --- for the reads ------------------------------------------------------------------------------------------
-
-    def may_hedge(self) -> bool:
-        """Take one hedge out of the budget, if there is one."""
-        left = self._budget.spent()
-        self._budget = left or self._budget
-        return left is not None
-
-    def pause_s(self, tries: int) -> float:
-        """How long a read waits before it asks a store again that failed it so many times."""
-        return pause_s(tries, self._rng.random())
-
-    def leave(self, source: Source, cause: Cause, episode: int, *, first_s: float | None = None) -> None:
-        """A store failed in a call that began in ``episode``: reads go elsewhere for a while."""
-        now_s = self.clock.monotonic_s()
-        source.standing = put_aside(
-            source.standing, self.plan, cause, episode=episode, now_s=now_s, dice=self._rng.random(), first_s=first_s
-        )
-        if cause == "stall":
-            for bell in source.bells:
-                bell.set()
-
-    def trust(self, source: Source, episode: int) -> None:
-        """A store gave what it was asked for in a call that began in ``episode``."""
-        before = source.standing
-        source.standing = reinstated(before, episode=episode)
-        if source.told and not source.standing.failures:
-            source.told = False
-            away_s = self.clock.monotonic_s() - before.since_s
-            sentence = f"store {source.name} answers again, {away_s:.1f} s after it was left; it is read from as before"
-            self.reports.say("failover", source.name, "answers again", sentence)
-
-    async def ask(self, attempt: Attempt, extent: Extent, key: str) -> memoryview:
-        """One call of one store; gives whole bytes, or raises what was wrong after counting it."""
-        source, loop = attempt.source, asyncio.get_running_loop()
-        source.reads += 1
-        began_s = loop.time()
-        try:
-            view = await source.store.get_range(key, extent.offset, extent.length)
-        except NotFound:
-            source.failures += 1
-            source.answers += 1
-            source.has_not(extent.shard, self.clock.monotonic_s())
-            self.trust(source, attempt.episode)
-            raise
-        except StoreError:
-            source.failures += 1
-            self.leave(source, "error", attempt.episode)
-            raise
-        finally:
-            source.seconds += loop.time() - began_s
-        seconds = loop.time() - began_s
-        attempt.arrived = True
-        source.answers += 1
-        if not await is_whole(view, extent):
-            source.failures += 1
-            source.bytes_wasted += view.nbytes
-            source.has_rotten(extent.shard)
-            self.leave(source, "rotten", attempt.episode)
-            short = f"only {view.nbytes} of {extent.length} bytes came"
-            wrong = "the bytes are not those the digest names"
-            raise Corrupt(short if view.nbytes < extent.length else wrong, store=source.name, key=key)
-        source.took(extent.length, seconds)
-        self.trust(source, attempt.episode)
-        return view
-
-    async def probe(self, attempt: Attempt, extent: Extent, key: str) -> None:
-        """Try a store that was left, beside a read that does not wait for it."""
-        source = attempt.source
-        source.probing = True
-        try:
-            async with asyncio.timeout(attempt.patience.stall_s), source.places:
-                view = await self.ask(attempt, extent, key)
-            source.bytes_wasted += view.nbytes
-        except TimeoutError:
-            source.failures += 1
-            source.bytes_wasted += extent.length
-            self.leave(source, "stall", attempt.episode)
-        except Corrupt:
-            _tell_rotten(self.reports, source, extent)
-        except StoreError:
-            pass  # counted, and left for longer, by the call itself
-        finally:
-            source.probing = False
-
-    def keep(self, task: asyncio.Task[object]) -> None:
-        """Own a task that outlives its read: a probe, or a cancelled call that has not ended."""
-        self._behind.add(task)
-        task.add_done_callback(self._let_go)
-
-    def _let_go(self, task: asyncio.Task[object]) -> None:
-        self._behind.discard(task)
-        if not task.cancelled():
-            task.exception()  # its read has its bytes or its own error: nobody is left to hear this one
-
-
-def _tell_rotten(reports: Reports, source: Source, extent: Extent) -> None:
-    sentence = (
-        f"store {source.name} holds shard {extent.shard[:12]} rotten: {_bytes_of(extent)} are not those the digest "
-        "names; it is not used again for this shard; run millrace verify NAME --repair"
-    )
-    reports.say("failover", source.name, "rotten", sentence)
-
-
-def _bytes_of(extent: Extent) -> str:
-    return f"bytes {extent.offset}-{extent.offset + extent.length - 1}"
+        await self._sources.aclose()
 
 
 class _Read:
     """One extent on its way: who was asked, who is to be asked next, and what went wrong so far."""
 
-    def __init__(self, reader: ReplicaReader, extent: Extent, key: str, names: Sequence[str], holders: int) -> None:
-        self._reader = reader
-        self._plan = reader.plan
+    def __init__(self, sources: Sources, extent: Extent, key: str, names: Sequence[str], holders: int) -> None:
+        self._sources = sources
+        self._plan = sources.plan
         self._extent = extent
         self._key = key
         self._loop = asyncio.get_running_loop()
@@ -281,10 +150,10 @@ class _Read:
     # --- choosing -----------------------------------------------------------------------------------------------
 
     def _choose(self, names: Sequence[str]) -> deque[Source]:
-        reader, now_s = self._reader, self._reader.clock.monotonic_s()
+        now_s = self._sources.clock.monotonic_s()
         candidates = []
         for place, name in enumerate(names):
-            source = reader.sources.get(name)
+            source = self._sources.by_name.get(name)
             if source is None:
                 self._reasons[name] = "not in this world file"
             elif source.is_rotten(self._extent.shard):
@@ -294,16 +163,16 @@ class _Read:
                 candidates.append(source.candidate(self._extent, place, holder=name in self._holders, now_s=now_s))
         due = probe_of(candidates, now_s)
         if due is not None:
-            self._start_probe(reader.sources[due.name])
-        return deque(reader.sources[c.name] for c in in_order(candidates, now_s))
+            self._start_probe(self._sources.by_name[due.name])
+        return deque(self._sources.by_name[c.name] for c in in_order(candidates, now_s))
 
     def _start_probe(self, source: Source) -> None:
         if source.probing or source.places.locked():
             return
         attempt = Attempt(source, patience(self._plan, source.usual(self._extent.length)), self._loop.time())
         source.probing = True
-        self._probe = asyncio.create_task(self._reader.probe(attempt, self._extent, self._key))
-        self._reader.keep(self._probe)
+        self._probe = asyncio.create_task(self._sources.probe(attempt, self._extent, self._key))
+        self._sources.keep(self._probe)
 
     def _start(self, source: Source, now_s: float) -> None:
         attempt = Attempt(source, patience(self._plan, source.usual(self._extent.length)), now_s)
@@ -314,10 +183,8 @@ class _Read:
 
     async def _ask(self, attempt: Attempt) -> memoryview:
         async with attempt.source.places:
-            if attempt.began_s is None:
-                attempt.begin(self._loop.time())
-                self._bell.set()  # from now on it can be late
-            return await self._reader.ask(attempt, self._extent, self._key)
+            attempt.begin(self._loop.time())
+            return await self._sources.ask(attempt, self._extent, self._key)
 
     def _next(self, now_s: float) -> Source | None:
         if self._queue:
@@ -325,7 +192,7 @@ class _Read:
         for name, at_s in self._again.items():
             if at_s <= now_s:
                 del self._again[name]
-                return self._reader.sources[name]
+                return self._sources.by_name[name]
         return None
 
     # --- looking ------------------------------------------------------------------------------------------------
@@ -349,14 +216,14 @@ class _Read:
         self._reasons[source.name] = str(error)
         if isinstance(error, Corrupt):
             self._rotten.add(source.name)
-            cause = f"store {source.name} holds shard {shard} rotten: of {_bytes_of(self._extent)}, {error}"
+            cause = f"store {source.name} holds shard {shard} rotten: of {bytes_of(self._extent)}, {error}"
         elif isinstance(error, NotFound):
             cause = f"store {source.name} does not have shard {shard}"
         else:
             cause = f"store {source.name} failed on shard {shard}: {error}"
         if error.retryable:
             self._tries[source.name] += 1
-            self._again[source.name] = self._loop.time() + self._reader.pause_s(self._tries[source.name])
+            self._again[source.name] = self._loop.time() + self._sources.pause_s(self._tries[source.name])
         if isinstance(error, NotFound) and source.name not in self._holders:
             return  # it never said that it had it
         self._unsaid.append(("failover", source.name, error.kind, cause, waited_s))
@@ -373,16 +240,18 @@ class _Read:
             source = self._next(now_s)
             if source is not None:
                 self._start(source, now_s)
-        self._say()
         soonest_again_s = min(self._again.values(), default=self._deadline_s)
         over = now_s >= self._deadline_s or soonest_again_s >= self._deadline_s
         if now_s >= self._deadline_s or (over and not self._live and not self._queue):
             raise self._nobody_left(now_s)
+        self._say()
         looks = [self._deadline_s]
         if all(a.overdue for a in self._live):
             looks.append(soonest_again_s)
         for attempt in self._live:
-            if attempt.waits:
+            if attempt.began_s is None:
+                looks.append(now_s + self._late_s(attempt))  # it can't be late before
+            elif attempt.waits:
                 began_s = now_s - attempt.waited_s(now_s)
                 if not attempt.judged_late:
                     looks.append(began_s + self._late_s(attempt))
@@ -412,31 +281,35 @@ class _Read:
             source.failures += 1
             self._reasons[source.name] = f"no answer in {waited_s:.2f} s"
             if attempt.quiet:
-                self._reader.leave(source, "stall", attempt.episode)
+                self._sources.leave(source, "stall", attempt.episode)
             what = "stalled" if attempt.quiet else "answers others but not this read"
             cause = f"store {source.name} {what}: nothing of shard {self._extent.shard[:12]} came in {waited_s:.2f} s"
             self._unsaid.append(("failover", source.name, "stall", cause, waited_s))
         elif not attempt.judged_late and waited_s >= self._late_s(attempt):
             attempt.judged_late = True
             free = not attempt.trusted or attempt.left_since
-            if self._queue and (free or self._reader.may_hedge()):
+            if self._queue and (free or self._sources.may_hedge()):
                 attempt.overdue = True
                 source.hedges += 1
                 cause = f"store {source.name} is late with shard {self._extent.shard[:12]}: {waited_s:.2f} s so far"
                 self._unsaid.append(("hedge", source.name, "late", cause, waited_s))
 
     def _say(self) -> None:
-        """Tell what went wrong, now that it is known who is read instead. If nobody is, the read's error tells it."""
+        """Tell what went wrong, now that it is known who is read instead. What ends the read, its error tells."""
         instead = next((a.source.name for a in reversed(self._live) if not a.overdue), None)
-        if instead is None:
+        if instead is None and self._queue:
             return
         for kind, store, cause, sentence, waited_s in self._unsaid:
+            if instead is None:
+                also = "no other replica is left, so it is waited for and asked again"
+            elif kind == "hedge":
+                also = f"{instead} is asked too"
+            else:
+                also = f"{instead} is read instead, after {waited_s:.2f} s"
             way_out = "; run millrace verify NAME --repair" if cause in {"Corrupt", "NotFound"} else ""
-            also = (
-                f"{instead} is asked too" if kind == "hedge" else f"{instead} is read instead, after {waited_s:.2f} s"
-            )
-            self._reader.reports.say(kind, store, cause, f"{sentence}; {also}{way_out}", waited_s)
-            self._reader.sources[store].told |= self._reader.sources[store].standing.failures > 0
+            self._sources.reports.say(kind, store, cause, f"{sentence}; {also}{way_out}", waited_s)
+            source = self._sources.by_name[store]
+            source.told |= source.standing.failures > 0
         self._unsaid.clear()
 
     def _nobody_left(self, now_s: float) -> StoreError:
@@ -445,7 +318,7 @@ class _Read:
         kind = Corrupt if self._rotten and self._rotten == set(self._reasons) else Unavailable
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self._reasons.items())
         return kind(
-            f"no whole replica of {self._key} is left to read {_bytes_of(self._extent)} of shard "
+            f"no whole replica of {self._key} is left to read {bytes_of(self._extent)} of shard "
             f"{self._extent.shard[:12]} from ({reasons or 'no store is known to hold it'}); "
             "bring one of these stores back, then run millrace verify NAME --repair",
             key=self._key,
@@ -478,11 +351,11 @@ class _Read:
         if grace_s is None and self._probe is not None:
             self._probe.cancel()
             tasks = [*tasks, self._probe]
-        for source in self._reader.sources.values():
+        for source in self._sources.by_name.values():
             source.bells.discard(self._bell)
         pending = [task for task in tasks if not task.done()]
         for task in tasks:
-            self._reader.keep(task)
+            self._sources.keep(task)
         if pending:
             await asyncio.wait(pending, timeout=grace_s)
 
@@ -496,6 +369,6 @@ class _Read:
             return
         waited_s = attempt.waited_s(self._loop.time())
         if attempt.quiet:  # not a word while another store did the whole read
-            self._reader.leave(source, "late", attempt.episode, first_s=2 * waited_s)
+            self._sources.leave(source, "late", attempt.episode, first_s=2 * waited_s)
         else:
             source.took(self._extent.length, waited_s)

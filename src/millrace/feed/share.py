@@ -116,20 +116,21 @@ class Sharing:
         begin, end = (g * count // self.groups for g in (group, group + 1))
         if self.groups == 1 or lanes == 1:
             return starts[:, None] + np.arange(begin, end, dtype=np.int64)
-        taken = _by_lane(starts[:, None], np.arange(begin, end, dtype=np.int64), count, lanes)
+        # Which of a batch's rows depends on the lane it begins in alone, and these recur.
+        origins, which = np.unique(starts % lanes, return_inverse=True)
+        taken = _by_lane(origins[:, None], np.arange(begin, end, dtype=np.int64), count, lanes)
         taken.sort(axis=1)
-        return taken
+        return starts[:, None] + taken[which]
 
 
-def _by_lane(starts: Int64s, nth: Int64s, count: int, lanes: int) -> Int64s:
-    """The nth positions (in the last axis) of ``[start, start + count)`` when these are sorted by lane.
+def _by_lane(origin: Int64s, nth: Int64s, count: int, lanes: int) -> Int64s:
+    """The nth (in the last axis) of ``count`` positions from a start in the lane ``origin``, when sorted by lane.
 
-    Of ``count`` consecutive positions each lane has ``each``, and ``more`` lanes one more: those from the start's lane
-    on, around the end. So the lanes fall into four runs: [0, around) and [origin, until) have one more, [around,
+    Counted from the start. Each lane has ``each`` of them, and ``more`` lanes one more: those from ``origin`` on, around
+    the end. So the lanes fall into four runs: [0, around) and [origin, until) have one more, [around,
     origin) and [until, lanes) have not; that gives the lane by division instead of by sorting.
     """
     each, more = divmod(count, lanes)
-    origin = starts % lanes
     around = np.maximum(origin + more - lanes, 0)
     until = np.minimum(origin + more, lanes)
     second = around * (each + 1)
@@ -142,7 +143,7 @@ def _by_lane(starts: Int64s, nth: Int64s, count: int, lanes: int) -> Int64s:
         np.where(nth < fourth, origin + (nth - third) // (each + 1), until + (nth - fourth) // few),
     )
     before = lane * each + np.minimum(lane, around) + np.clip(lane - origin, 0, until - origin)
-    taken: Int64s = starts + (lane - origin) % lanes + (nth - before) * lanes
+    taken: Int64s = (lane - origin) % lanes + (nth - before) * lanes
     return taken
 
 

@@ -87,8 +87,17 @@ class RowTally:
             raise UsageError(f"rows of a tally is a whole number from 0 up, not {rows!r}")
         if not isinstance(text, str) or len(text) != 32 or not set(text) <= set("0123456789abcdef"):
             raise UsageError(f"sum of a tally is 32 hexadecimal letters, not {str(text)[:80]!r}")
+        return cls.from_hex(rows, text)
+
+    @classmethod
+    def from_hex(cls, rows: int, digest: str) -> RowTally:
+        """A tally of ``rows`` rows whose :meth:`hexdigest` is ``digest``.
+
+        Raises:
+            ValueError: the digest isn't hexadecimal.
+        """
         tally = cls()
-        tally._rows, tally._sum = rows, int(text, 16)
+        tally._rows, tally._sum = rows, int(digest, 16) % _MODULUS
         return tally
 
     def __eq__(self, other: object) -> bool:

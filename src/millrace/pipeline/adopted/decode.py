@@ -16,6 +16,7 @@ from millrace.pipeline.adopted.parquet import decode_parquet, index_parquet
 from millrace.pipeline.adopted.scan import FileIndex, Subject
 from millrace.pipeline.adopted.sentences import changed, not_adoptable
 from millrace.pipeline.adopted.webdataset import decode_webdataset, index_webdataset
+from millrace.pipeline.formats.ranged import HOLD_BYTES
 from millrace.pipeline.records import Reads
 
 __all__ = ["WHAT", "decode_block", "index_file"]
@@ -73,9 +74,15 @@ def decode_block(
 
 
 def index_file(
-    encoding: Encoding, reads: Reads, obj: SourceObject, *, check: bool, told: Callable[[int], None]
+    encoding: Encoding,
+    reads: Reads,
+    obj: SourceObject,
+    *,
+    check: bool,
+    told: Callable[[int], None],
+    hold_bytes: int = HOLD_BYTES,
 ) -> tuple[Shard, pa.Schema]:
-    """Hash a file and cut it into blocks. Blocks; holds up to 64 MB, or the largest block.
+    """Hash a file and cut it into blocks. Waits for reads; holds up to 64 MB, or the largest block.
 
     Args:
         encoding: What it should be.
@@ -83,6 +90,7 @@ def index_file(
         obj: The file.
         check: Decode each block once, so that a block that can't be read is known now.
         told: Called with the number of bytes that were hashed since the last call.
+        hold_bytes: Files of at most this are read once, whole.
 
     Returns:
         The file as a shard, and the schema of its rows. A tar's schema has the extensions that are in it.
@@ -94,7 +102,7 @@ def index_file(
     if obj.size_bytes == 0:
         raise not_adoptable(obj, "is empty", way_out="remove or exclude it")
     try:
-        subject = Subject(reads, obj, check=check, told=told)
+        subject = Subject(reads, obj, check=check, told=told, hold_bytes=hold_bytes)
         found = _INDEXERS[encoding](subject)
         digest = subject.scan.finish()
     except SourceChanged as err:

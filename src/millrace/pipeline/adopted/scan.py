@@ -12,7 +12,7 @@ import pyarrow as pa
 from blake3 import blake3
 
 from millrace.core.model import Block, Digest, SourceObject, block_digest
-from millrace.pipeline.formats.ranged import HOLD_BYTES, RangedFile
+from millrace.pipeline.formats.ranged import RangedFile
 from millrace.pipeline.records import Reads
 
 __all__ = ["BLOCK_BYTES", "BLOCK_BYTES_MAX", "BLOCK_ROWS", "FileIndex", "Part", "Scan", "Subject"]
@@ -177,9 +177,11 @@ class Subject:
         check: Whether each block is decoded once.
     """
 
-    def __init__(self, reads: Reads, obj: SourceObject, *, check: bool, told: Callable[[int], None]) -> None:
-        """Files of at most 64 MB are read once, whole; of others, footers and heads are read twice."""
-        whole = reads.read(obj) if obj.size_bytes <= HOLD_BYTES else None
+    def __init__(
+        self, reads: Reads, obj: SourceObject, *, check: bool, told: Callable[[int], None], hold_bytes: int
+    ) -> None:
+        """Files of at most ``hold_bytes`` are read once, whole; of others, footers and heads are read twice."""
+        whole = reads.read(obj) if obj.size_bytes <= hold_bytes else None
         self.obj, self.check = obj, check
         self.file = RangedFile(reads, obj, whole)
         self.scan = Scan(reads, obj, whole=whole, keep=check, told=told)

@@ -1,0 +1,308 @@
+"""A cache whose disk is full, read-only, gone or broken: the feed goes on, and it is said once."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from millrace.core.errors import UsageError
+from millrace.core.ports import Bytes
+from millrace.feed.cache import BlockCache
+from millrace.feed.cache_trouble import CacheTrouble
+from millrace.feed.events import FeedEvent
+
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root, to mount a small file system")
+
+
+class Watch:
+    def __init__(self) -> None:
+        self.now = 1_700_000_000.0
+
+    def now_ms(self) -> int:
+        return round(self.now * 1000)
+
+    def monotonic_s(self) -> float:
+        return self.now
+
+
+def name_of(what: object) -> str:
+    return hashlib.sha256(str(what).encode()).hexdigest()
+
+
+def bytes_of(name: str) -> bytes:
+    return hashlib.shake_128(name.encode()).digest(100_000)
+
+
+def fill(cache: BlockCache, name: str) -> bool:
+    """Whether the block was fetched here; what comes back is checked."""
+
+    async def fetch() -> Sequence[Bytes]:
+        return [bytes_of(name)]
+
+    got = asyncio.run(cache.fill(name, fetch))
+    assert got in (None, [bytes_of(name)])
+    return got is not None
+
+
+def has(cache: BlockCache, name: str) -> bool:
+    got = bytearray(100_000)
+    if not cache.read(name, lambda size: memoryview(got)[:size]):
+        return False
+    assert got == bytes_of(name), "a wrong byte was served"
+    return True
+
+
+class World:
+    def __init__(self, disk: Path) -> None:
+        self.disk = disk
+        self.watch = Watch()
+        self.events: list[FeedEvent] = []
+
+    def cache(self, limit_bytes: int = 1 << 30) -> BlockCache:
+        return BlockCache(
+            self.disk / "cache",
+            limit_bytes=limit_bytes,
+            clock=self.watch,
+            on_event=self.events.append,
+            keep_free_bytes=0,
+            boot=b"0123456789abcdef",
+        )
+
+    def said(self) -> str:
+        assert len(self.events) == 1, self.events
+        assert self.events[0].kind == "cache"
+        assert str(self.disk / "cache") in self.events[0].sentence
+        return self.events.pop().sentence
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[World]:
+    """A disk of 1 MiB that can be remounted and unmounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting isn't allowed here")
+    yield World(disk)
+    subprocess.run(["umount", "-l", disk], capture_output=True)
+
+
+@needs_root
+def test_a_disk_smaller_than_the_limit_is_used_as_far_as_it_goes(small: World) -> None:
+    cache = small.cache()
+    for i in range(30):
+        small.watch.now += 1
+        assert fill(cache, name_of(i))
+        assert has(cache, name_of(i)), "older blocks made room"
+    assert cache.stats().evicted >= 20
+    assert not cache.stats().degraded
+    assert small.events == []
+    cache.close()
+
+
+@needs_root
+def test_a_disk_that_others_filled(small: World) -> None:
+    cache = small.cache()
+    fill(cache, name_of(0))
+    with open(small.disk / "others", "wb") as others, pytest.raises(OSError, match="space"):
+        while True:
+            others.write(bytes(4096))
+            others.flush()
+    for i in range(1, 8):
+        assert fill(cache, name_of(i)), "the pieces are handed on"
+        assert not has(cache, name_of(i)) or not cache.stats().degraded
+    assert [p.name for d in ("tmp", "locks") for p in (small.disk / "cache/millrace-cache-1" / d).iterdir()] == []
+    if small.events:  # all of the cache was given up, and it was not enough
+        assert "full" in small.said()
+    (small.disk / "others").unlink()
+    small.watch.now += 61
+    assert fill(cache, name_of("after"))
+    assert has(cache, name_of("after")), "once there is room it goes on"
+    assert not cache.stats().degraded
+    cache.close()
+
+
+@needs_root
+def test_a_disk_that_is_full_at_the_start(small: World) -> None:
+    small.cache().close()
+    with open(small.disk / "others", "wb") as others, pytest.raises(OSError, match="space"):
+        while True:
+            others.write(bytes(4096))
+            others.flush()
+    cache = small.cache()
+    for i in range(3):
+        assert fill(cache, name_of(i))
+    assert cache.stats().degraded
+    assert "full" in small.said()
+    cache.close()
+
+
+@needs_root
+def test_a_disk_that_becomes_read_only_and_recovers(small: World) -> None:
+    cache = small.cache()
+    fill(cache, name_of("old"))
+    subprocess.run(["mount", "-o", "remount,ro", small.disk], check=True)
+    for i in range(5):
+        assert fill(cache, name_of(i))
+    assert "read-only" in small.said()
+    assert has(cache, name_of("old")), "what is there can still be read"
+    cache.needed(name_of("old"), small.watch.now + 5000)
+    assert "read-only" in small.said()
+    assert cache.stats().degraded
+    subprocess.run(["mount", "-o", "remount,rw", small.disk], check=True)
+    fill(cache, name_of("too early"))
+    assert not has(cache, name_of("too early"))
+    small.watch.now += 2
+    fill(cache, name_of("in time"))
+    assert has(cache, name_of("in time"))
+    assert "again" in small.said()
+    assert not cache.stats().degraded
+    cache.close()
+
+
+@needs_root
+def test_a_read_only_folder_is_refused_at_the_start(small: World) -> None:
+    small.cache().close()
+    subprocess.run(["mount", "-o", "remount,ro", small.disk], check=True)
+    with pytest.raises(UsageError, match="read-only") as caught:
+        small.cache()
+    assert str(small.disk) in str(caught.value)
+
+
+@needs_root
+def test_damage_on_a_read_only_disk_is_fetched_every_time(small: World) -> None:
+    cache = small.cache()
+    fill(cache, name_of(0))
+    file = small.disk / "cache/millrace-cache-1" / name_of(0)[:2] / name_of(0)
+    os.truncate(file, 5000)
+    subprocess.run(["mount", "-o", "remount,ro", small.disk], check=True)
+    for _ in range(3):
+        assert not has(cache, name_of(0))
+        assert fill(cache, name_of(0)), "it is not said to be there"
+        small.watch.now += 61
+    subprocess.run(["mount", "-o", "remount,rw", small.disk], check=True)
+    assert fill(cache, name_of(0))
+    assert has(cache, name_of(0))
+    cache.close()
+
+
+@needs_root
+def test_a_mount_that_vanishes_under_a_reader(small: World) -> None:
+    cache = small.cache()
+    for i in range(5):
+        fill(cache, name_of(i))
+    stop = threading.Event()
+    seen = {True: 0, False: 0}
+    missing = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            found = has(cache, name_of(seen[True] % 5))
+            seen[found] += 1
+            if not found:
+                missing.set()
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    subprocess.run(["umount", "-l", small.disk], check=True)
+    assert missing.wait(60)
+    for i in range(5):
+        assert fill(cache, name_of(i)), "the pieces are handed on"
+    stop.set()
+    reader.join()
+    assert list(small.disk.iterdir()) == [], "nothing is written to what lay under the mount"
+    assert "vanished" in small.said()
+    small.watch.now += 61
+    fill(cache, name_of("later"))
+    assert list(small.disk.iterdir()) == []
+    cache.close()
+
+
+@pytest.mark.parametrize("what", ["cache", "cache/millrace-cache-1", "cache/millrace-cache-1/locks"])
+def test_a_folder_that_somebody_removed_is_made_again(world: World, what: str) -> None:
+    cache = world.cache()
+    fill(cache, name_of(0))
+    shutil.rmtree(world.disk / what)
+    assert fill(cache, name_of(1))
+    assert has(cache, name_of(1))
+    assert not cache.stats().degraded
+    assert world.events == []
+    cache.close()
+
+
+def test_a_folder_that_became_a_file(world: World) -> None:
+    cache = world.cache()
+    shutil.rmtree(world.disk / "cache")
+    (world.disk / "cache").touch()
+    for i in range(3):
+        assert fill(cache, name_of(i))
+        assert not has(cache, name_of(i))
+    assert world.said()
+    assert cache.stats().degraded
+    cache.close()
+
+
+def test_something_else_in_a_blocks_place(world: World) -> None:
+    cache = world.cache()
+    place = world.disk / "cache/millrace-cache-1" / name_of(0)[:2] / name_of(0)
+    place.mkdir(parents=True)
+    assert not has(cache, name_of(0))
+    assert fill(cache, name_of(0))
+    place.rmdir()
+    place.symlink_to("/dev/zero")
+    assert not has(cache, name_of(0))
+    world.watch.now += 61
+    assert fill(cache, name_of(0))
+    assert has(cache, name_of(0))
+    cache.close()
+
+
+def test_a_disk_that_fails_is_asked_less_and_less() -> None:
+    watch, events = Watch(), list[FeedEvent]()
+    trouble = CacheTrouble(Path("/c"), watch, events.append)
+    asked_s: list[float] = []
+    began = watch.now
+    while watch.now < began + 600:
+        ticket = trouble.attempt()
+        if ticket is not None:
+            asked_s.append(watch.now - began)
+            trouble.failed(ticket, OSError(5, "Input/output error"))
+        watch.now += 0.5
+    waits = [b - a for a, b in zip(asked_s, asked_s[1:], strict=False)]
+    assert waits[:6] == [1, 2, 4, 8, 16, 32]
+    assert set(waits[6:]) == {60}
+    assert len(events) == 1
+    assert "input/output error" in events[0].sentence
+
+
+def test_of_many_that_fail_together_one_counts() -> None:
+    watch, events = Watch(), list[FeedEvent]()
+    trouble = CacheTrouble(Path("/c"), watch, events.append)
+    tickets = [trouble.attempt() for _ in range(8)]
+    late = trouble.attempt()
+    for ticket in tickets:
+        assert ticket is not None
+        trouble.failed(ticket, OSError(28, "No space left on device"))
+    assert late is not None
+    trouble.worked(late)
+    assert trouble.degraded, "a write from before the failure proves nothing"
+    assert trouble.attempt() is None
+    watch.now += 1
+    ticket = trouble.attempt()
+    assert ticket is not None
+    assert trouble.attempt() is None, "one tries for all"
+    trouble.worked(ticket)
+    assert not trouble.degraded
+    assert [e.sentence.rpartition(" ")[2] for e in events] == ["limit", "again"]
