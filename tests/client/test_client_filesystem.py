@@ -24,7 +24,7 @@ import pyarrow.feather as feather
 import pyarrow.fs as pafs
 import pytest
 
-from millrace.client.filesystem import MillraceFileSystem
+from millrace.client.filesystem import MillraceFile, MillraceFileSystem
 from millrace.client.session import session_for
 from millrace.client.tree import Part, Shelf
 from millrace.core.errors import MillraceError, ReadOnly, Unavailable, UsageError
@@ -222,6 +222,26 @@ def test_a_file_reads_and_seeks_like_any_other(fs: MillraceFileSystem) -> None:
             file.seek(-1)
     with pytest.raises(ValueError, match="is closed"):
         file.read()
+
+
+def test_a_file_of_several_parts_is_one_file(fs: MillraceFileSystem) -> None:
+    fs.info("")  # opens the session
+    data = bytes(range(250)) * 4
+    parts = tuple(in_memory(data[i : i + 300]) for i in range(0, len(data), 300))
+    file, plain = MillraceFile(fs, "x", parts), io.BytesIO(data)
+    assert file.size == len(data)
+    for start in (0, 299, 300, 301, 650, 999, 1000):
+        for size in (0, 1, 2, 301, 700, -1):
+            assert file.seek(start) == plain.seek(start)
+            assert file.read(size) == plain.read(size)
+            assert file.tell() == plain.tell()
+
+
+def in_memory(data: bytes) -> Part:
+    async def fetch() -> memoryview:
+        return memoryview(data)
+
+    return Part(hashlib.sha256(data).hexdigest(), len(data), fetch)
 
 
 def test_arrow_reads_a_version_as_one_dataset(fs: MillraceFileSystem) -> None:

@@ -8,16 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from millrace.core.errors import Corrupt, UsageError
 from millrace.core.facts import CheckpointFile, CheckpointManifest, CheckpointPart
 from millrace.core.keys import checkpoint_folder, checkpoint_manifest
 from millrace.core.model import Digest, digest_of
+from millrace.core.spec import Name
 
 __all__ = [
     "STEP_MAX",
     "ManifestKey",
+    "check_name",
     "check_step",
     "decode_manifest",
     "encode_manifest",
@@ -36,6 +38,7 @@ _BEFORE: Final = b'{"sha256":"'
 _BETWEEN: Final = b'","checkpoint":'
 _AFTER: Final = b"}"
 _HEAD_BYTES: Final = len(_BEFORE) + 64 + len(_BETWEEN)
+_NAMES: Final[TypeAdapter[str]] = TypeAdapter(Name)
 _KEY: Final = re.compile(r"(\d{12})-([0-9a-f]{8})\.json")
 
 
@@ -52,6 +55,19 @@ class ManifestKey:
     key: str
     step: int
     mark: str
+
+
+def check_name(name: object) -> str:
+    """Give ``name`` back if it is one, as datasets have them.
+
+    Raises:
+        UsageError: it isn't; says what a name is.
+    """
+    try:
+        return _NAMES.validate_python(name)
+    except ValidationError as error:
+        what = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise UsageError(f"checkpoints: {what}") from None
 
 
 def check_step(step: object) -> int:

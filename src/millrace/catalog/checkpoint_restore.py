@@ -39,11 +39,7 @@ async def restore(depot: Depot, manifest: CheckpointManifest, target: Path) -> N
         UsageError: something is there already.
         StoreError: it can't be read whole, or not be written. Nothing is left of it then.
     """
-    target = target.absolute()
-    if await asyncio.to_thread(_is_taken, target):
-        raise UsageError(f"{target} is there already and not an empty folder; name another")
-    with disk_trouble(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    target = await asyncio.to_thread(_free_place, target)
     await _build(depot, manifest, target, target.with_name(f".{target.name}.{secrets.token_hex(4)}.part"))
 
 
@@ -57,7 +53,7 @@ async def kept_folder(depot: Depot, manifest: CheckpointManifest, base: Path) ->
     """
     target = base / folder_name(manifest)
     with disk_trouble(base):
-        base.mkdir(parents=True, exist_ok=True)
+        os.makedirs(base, exist_ok=True)
     async with _alone(base / f".{target.name}.lock"):
         if not await asyncio.to_thread(is_restored, target, manifest):
             part = base / f".{target.name}.part"
@@ -100,10 +96,13 @@ def _pieces(manifest: CheckpointManifest, root: Path) -> Sequence[tuple[Path, in
     return found
 
 
-def _is_taken(target: Path) -> bool:
-    if not os.path.lexists(target):
-        return False
-    return target.is_symlink() or not target.is_dir() or any(target.iterdir())
+def _free_place(target: Path) -> Path:
+    target = target.absolute()
+    if os.path.lexists(target) and (target.is_symlink() or not target.is_dir() or any(target.iterdir())):
+        raise UsageError(f"{target} is there already and not an empty folder; name another")
+    with disk_trouble(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    return target
 
 
 @contextlib.asynccontextmanager

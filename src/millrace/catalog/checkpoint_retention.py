@@ -108,13 +108,13 @@ class Retained:
     """What a retention did.
 
     Attributes:
-        dropped: The steps that went.
+        dropped: What went.
         deleted_objects, deleted_bytes: Of their content, in all stores.
         failed: Store to why it was passed over.
         postponed: Why content was not looked at this time; empty when it was.
     """
 
-    dropped: list[int] = field(default_factory=list)
+    dropped: list[Known] = field(default_factory=list)
     deleted_objects: int = 0
     deleted_bytes: int = 0
     failed: dict[str, str] = field(default_factory=dict)
@@ -227,7 +227,7 @@ class _Retention:
                 if gone:
                     for name in known.stores:
                         await self._delete(name, known.key)
-                    self._done.dropped.append(known.step)
+                    self._done.dropped.append(known)
                 return gone
         except LeaseHeld:
             return False

@@ -120,14 +120,13 @@ async def survey(depot: Depot, *, among: Collection[str] | None = None, tolerant
 
 def _known(depot: Depot, listed: Mapping[str, Listed], records: Mapping[int, CheckpointRecord]) -> tuple[Known, ...]:
     keys = {key: said for found in listed.values() for key, (said, _) in found.items()}
-    for record in records.values():
-        key = checkpoint_manifest(depot.name, record.step, Digest(record.digest))
-        keys.setdefault(key, ManifestKey(key, record.step, record.digest[:8]))
+    for noted in records.values():
+        key = checkpoint_manifest(depot.name, noted.step, Digest(noted.digest))
+        keys.setdefault(key, ManifestKey(key, noted.step, noted.digest[:8]))
     found = []
     for key, said in keys.items():
-        record = records.get(said.step)
-        if record is not None and record.digest[:8] != said.mark:
-            record = None
+        recorded = records.get(said.step)
+        record = recorded if recorded is not None and recorded.digest[:8] == said.mark else None
         holders = tuple(name for name in depot.readable() if key in listed.get(name, {}))
         at_ms = record.created_at_ms if record else max(listed[name][key][1] for name in holders)
         found.append(Known(said.step, key, holders, at_ms, record))

@@ -203,9 +203,12 @@ class Series:
     async def open(self) -> None:
         """Go on with what an earlier process saved and didn't get to replicate."""
         found = await survey(self.depot, among={LOCAL})
+        seen: set[int] = set()
         for known in found.known:
-            if LOCAL in known.stores and not known.replicated and known.step not in self._jobs:
+            # Of one step the first counts; the others were written over.
+            if known.step not in seen and LOCAL in known.stores and not known.replicated:
                 self._jobs[known.step] = _Job(known.key)
+            seen.add(known.step)
         self._worker = asyncio.create_task(self._work())
 
     async def aclose(self) -> None:
@@ -310,6 +313,8 @@ class Series:
             return
         except MillraceError as error:
             job.last = error
+        except Exception as error:  # whatever it is: who waits hears it, and it is tried again
+            job.last = StoreError(f"{type(error).__name__}: {error}")
         if isinstance(job.last, Replication) and not job.last.short:
             self._done[step] = job.last
         if self._saved:
@@ -318,9 +323,8 @@ class Series:
             if step in self._done and self._jobs.get(step) is job:
                 del self._jobs[step]
             job.tries += 1
-            job.not_before_s = asyncio.get_running_loop().time() + min(
-                _BACKOFF_S * 2 ** min(job.tries, 9), _BACKOFF_S_MAX
-            )
+            pause_s = min(_BACKOFF_S * 2 ** min(job.tries - 1, 9), _BACKOFF_S_MAX)
+            job.not_before_s = asyncio.get_running_loop().time() + pause_s
             self._changed.notify_all()
 
     async def _replicate(self, step: int, job: _Job) -> Replication:
@@ -344,10 +348,10 @@ class Series:
     async def retain(self) -> Retained:
         """Take away what isn't to be kept, now. See :func:`millrace.catalog.checkpoint_retention.retain`."""
         self.retained = await retain(self.depot, self._keep, self._manifests)
-        for step in set(self.retained.dropped) & self._jobs.keys():
-            job = self._jobs[step]
-            if job.key not in self._manifests:
-                del self._jobs[step]
+        dropped = {known.key for known in self.retained.dropped}
+        async with self._changed:
+            self._jobs = {step: job for step, job in self._jobs.items() if job.key not in dropped}
+            self._changed.notify_all()
         keep = {folder_name(m) for m in self._manifests.values()}
         await asyncio.to_thread(tidy, self.restored, keep, now_s=self.depot.clock.now_ms() / 1000)
         return self.retained

@@ -18,7 +18,7 @@ import typer
 from millrace.cli.output import Output
 from millrace.core.errors import MillraceError
 
-__all__ = ["app", "main", "perform"]
+__all__ = ["app", "main", "perform", "perform_now"]
 
 T = TypeVar("T")
 
@@ -43,9 +43,14 @@ def perform(output: Output, work: Callable[[], Coroutine[Any, Any, T]], *, inter
         work: The command.
         interrupted: What to say when Ctrl-C or SIGTERM ended it.
     """
+    return perform_now(output, lambda: asyncio.run(work()), interrupted=interrupted)
+
+
+def perform_now(output: Output, work: Callable[[], T], *, interrupted: str = "interrupted") -> T:
+    """The same for a command that isn't a coroutine."""
     try:
         with _terminated_like_interrupted():
-            return asyncio.run(work())
+            return work()
     except MillraceError as error:
         output.error(error)
         raise typer.Exit(error.exit_code) from None
@@ -74,6 +79,7 @@ def main() -> None:
     try:
         import millrace.cli.catalog
         import millrace.cli.demo
+        import millrace.cli.feed
         import millrace.cli.init
         import millrace.cli.runs  # noqa: F401
     except KeyboardInterrupt:  # the libraries take a second to load

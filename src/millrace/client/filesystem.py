@@ -18,7 +18,7 @@ from fsspec import AbstractFileSystem
 from fsspec.spec import make_instance
 
 from millrace.client.session import Session, session_for
-from millrace.client.tree import Branch, Datasets, Info, Part, Shelf
+from millrace.client.tree import Datasets, Info, Part, Shelf, Tree
 from millrace.core.errors import ReadOnly
 from millrace.wiring.world import OpenWorld
 
@@ -34,13 +34,12 @@ KEPT_BYTES_MAX: Final = 256_000_000
 class _Mounted:
     """What all instances of a process share of one world."""
 
-    world: OpenWorld
-    datasets: Datasets
+    tree: Tree
     shelf: Shelf = field(default_factory=lambda: Shelf(KEPT_BYTES_MAX))
 
-    def branch(self, path: str) -> Branch:
-        """Who knows about a path. Other branches, such as checkpoints, are told apart by the first part of it."""
-        return self.datasets
+
+def _mount(world: OpenWorld) -> _Mounted:
+    return _Mounted(Tree(Datasets(world), {}))
 
 
 _mounted: weakref.WeakKeyDictionary[Session, _Mounted] = weakref.WeakKeyDictionary()
@@ -90,12 +89,12 @@ class MillraceFileSystem(AbstractFileSystem):  # type: ignore[misc]
     def info(self, path: str, **kwargs: Any) -> Info:
         """``name``, ``size``, ``type``, and of versions and shards ``digest`` and ``rows``."""
         path = self._strip_protocol(path)
-        return self._call(self._branch(path).info(path))
+        return self._call(self._mount().tree.info(path))
 
     def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
         """Datasets by name, or a version's shards in the dataset's order."""
         path = self._strip_protocol(path)
-        found = self._call(self._branch(path).children(path))
+        found = self._call(self._mount().tree.children(path))
         return found if detail else [info["name"] for info in found]
 
     def exists(self, path: str, **kwargs: Any) -> bool:
@@ -127,7 +126,7 @@ class MillraceFileSystem(AbstractFileSystem):  # type: ignore[misc]
         if mode not in {"rb", "r"}:
             self._refuse(path)
         path = self._strip_protocol(path)
-        return MillraceFile(self, path, self._call(self._branch(path).parts(path)))
+        return MillraceFile(self, path, self._call(self._mount().tree.parts(path)))
 
     def _part(self, part: Part) -> memoryview:
         """A part's bytes, verified."""
@@ -148,12 +147,8 @@ class MillraceFileSystem(AbstractFileSystem):  # type: ignore[misc]
     def _mount(self) -> _Mounted:
         if self._session is None:
             self._session = session_for(self._world)
-        world = self._session.world
         found = _mounted.get(self._session)
-        return found if found is not None else _mounted.setdefault(self._session, _Mounted(world, Datasets(world)))
-
-    def _branch(self, path: str) -> Branch:
-        return self._mount().branch(path)
+        return found if found is not None else _mounted.setdefault(self._session, _mount(self._session.world))
 
     # --- what is refused ----------------------------------------------------------------------------------
 
@@ -273,4 +268,4 @@ class MillraceFile(io.BufferedIOBase):
 
 
 async def _forget(mounted: _Mounted) -> None:
-    mounted.datasets.forget()
+    mounted.tree.forget()

@@ -1,6 +1,6 @@
 """A world's datasets as a tree of files: ``stdlib@3/000000.arrow``. Coroutines for the loop the world lives on.
 
-Beside datasets there may be other branches, such as checkpoints; each is a :class:`Branch`.
+Beside datasets there are other branches, such as checkpoints; each is a :class:`Branch`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from millrace.core.model import Digest, shard_key
 from millrace.core.replicas import fetch
 from millrace.wiring.world import OpenWorld
 
-__all__ = ["Branch", "Datasets", "Info", "Part", "Shelf", "directory"]
+__all__ = ["Branch", "Datasets", "Info", "Part", "Shelf", "Tree", "directory"]
 
 Info = dict[str, Any]
 """What ``fsspec`` calls an info: ``name``, ``size`` in bytes, ``type`` (``file`` or ``directory``), and what else is
@@ -78,6 +78,42 @@ class Branch(Protocol):
 def directory(path: str, **more: Any) -> Info:
     """The info of a directory."""
     return {"name": path, "size": 0, "type": "directory", **more}
+
+
+class Tree:
+    """The whole: datasets at the root, and other branches each below a name of its own.
+
+    Args:
+        datasets: What has no other branch's name.
+        branches: By the first part of their paths. Listed at the root while they hold something.
+    """
+
+    def __init__(self, datasets: Branch, branches: Mapping[str, Branch]) -> None:
+        self._datasets = datasets
+        self._branches = branches
+
+    async def info(self, path: str) -> Info:
+        """See :class:`Branch`."""
+        return await self._of(path).info(path)
+
+    async def children(self, path: str) -> list[Info]:
+        """See :class:`Branch`."""
+        found = await self._of(path).children(path)
+        if not path:
+            found += [await b.info(name) for name, b in self._branches.items() if await b.children(name)]
+        return found
+
+    async def parts(self, path: str) -> tuple[Part, ...]:
+        """See :class:`Branch`."""
+        return await self._of(path).parts(path)
+
+    def forget(self) -> None:
+        """See :class:`Branch`."""
+        for branch in (self._datasets, *self._branches.values()):
+            branch.forget()
+
+    def _of(self, path: str) -> Branch:
+        return self._branches.get(path.partition("/")[0], self._datasets)
 
 
 class Shelf:

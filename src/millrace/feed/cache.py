@@ -334,6 +334,8 @@ class BlockCache:
         renamed = False
         try:
             if write_block(reserved.handle, name, pieces, self._boot, stop):
+                now_s = self._now_s()
+                os.utime(reserved.handle, (now_s, now_s))
                 try:
                     os.rename(reserved.path, path)
                 except FileNotFoundError:
@@ -394,7 +396,7 @@ class BlockCache:
         kept = self._ledger.kept()
         with self._mutex:
             hits, misses = self._hits, self._misses
-        return CacheStats(kept.size_bytes, kept.blocks, hits, misses, self._ledger.evicted, self._trouble.degraded)
+        return CacheStats(kept.size_bytes, kept.blocks, hits, misses, self._ledger.evicted, self._trouble.degraded())
 
     def close(self) -> None:
         """Let go of the threads. No call of :meth:`fill` may be under way; the folder stays."""

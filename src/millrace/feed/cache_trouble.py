@@ -40,7 +40,6 @@ class CacheTrouble:
         self._wait_s = 0.0
         self._next_s = 0.0
 
-    @property
     def degraded(self) -> bool:
         """Whether blocks are not stored for now."""
         return self._wait_s > 0

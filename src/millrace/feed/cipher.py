@@ -1,21 +1,21 @@
 """Keyed permutations of ``[0, n)`` that are computed, not stored: for any n, for many keys in one call.
 
-A number x in ``[0, n)`` is written as (x // wide, x % wide) on a grid of ``tall`` times ``wide`` places, the most
-square one with hardly more than n places. Eight rounds of an alternating Feistel network go over the two halves: each
-adds a hash of one half and the key to the other, modulo that one's side. Every round can be undone, so the whole is a
-bijection of the grid, and a place beyond n is sent through again until it falls inside ("cycle walking"). The form is
-of Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002; the hash of the rounds is murmur3's 32-bit finaliser
-and three others of its form.
+A number x in ``[0, n)`` is a place (x // wide, x % wide) on a grid of ``tall`` rows that is as square as can be; the last
+row may be shorter, and then the columns beyond its end are too. Eight rounds of an alternating Feistel network move the
+places: the even ones by a hash of column and key along the column, the odd ones by a hash of row and key along the row,
+each modulo the length of that column or row. Every step is a rotation of rows or columns, which can be undone, so the
+whole is a bijection of exactly n places, and none need be sent through again until it falls inside ("cycle walking").
 
 Three sizes have three ways, and which of them is a function of n alone:
 
 ====================  =========================================================================================
-n up to 64            the ranks of n hashes: uniform over all permutations, where few and small halves are not
+n up to 64            the ranks of n hashes: uniform over all permutations, where so small a grid is not
 n up to 2**24         the network in 32-bit words, which is what NumPy is fastest at
 n up to 2**62         the same in 64-bit words, with the finaliser of splitmix64
 ====================  =========================================================================================
 
-It is a shuffle, not a secret: statistics are tested (docs/design/feed-order.md), attackers are not thought of.
+It is a shuffle, not a secret: statistics are tested (docs/design/feed-order.md), attackers are not thought of. Feistel
+networks over numbers that are no power of two: Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ import numpy.typing as npt
 __all__ = ["Domains", "derive_key", "derive_keys", "make_domains", "mix64", "permutation", "permute"]
 
 Int64s = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
 UInt32s = npt.NDArray[np.uint32]
 UInt64s = npt.NDArray[np.uint64]
 Words = npt.NDArray[Any]
@@ -55,7 +54,6 @@ _ROUNDS32: Final = (
     (16, 0xA812D533, 15, 0xB278E4AD),
 )
 _ROUNDS: Final = 8
-_STRETCH: Final = 32
 
 
 def derive_key(*words: int) -> int:
@@ -100,7 +98,7 @@ def _mix_int(word: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Domains:
-    """Permutations that are asked for together: for each its size, its key and its grid. 33 bytes each.
+    """Permutations that are asked for together: for each its size, its key and its grid. 37 bytes each.
 
     Attributes:
         sizes: int64, shape (domains,): n of each, 1 to 2**62.
@@ -108,8 +106,9 @@ class Domains:
         kinds: uint8: which of the three ways.
         kind: The way of all of them, or -1 where they differ.
         tall, wide: The sides of the grids: uint32, or uint64 where a domain is large.
+        edge: The last place of each grid's last row, of the same type.
         low, high: The halves of the keys, uint32.
-        snug: Every grid has exactly n places, so that no place is ever walked past.
+        whole: No grid has a shorter last row.
     """
 
     sizes: Int64s
@@ -118,9 +117,10 @@ class Domains:
     kind: int
     tall: Words
     wide: Words
+    edge: Words
     low: UInt32s
     high: UInt32s
-    snug: bool
+    whole: bool
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -136,7 +136,11 @@ def make_domains(sizes: Int64s, keys: UInt64s) -> Domains:
         raise ValueError(f"a domain has 1 to 2**62 places, not {int(sizes.min())} to {int(sizes.max())}")
     kinds = (sizes > SMALL_MAX).view(np.uint8) + (sizes > MEDIUM_MAX).view(np.uint8)
     kind = int(kinds[0]) if len(kinds) and (kinds == kinds[0]).all() else -1
-    tall, wide = _sides(sizes)
+    wide = np.sqrt((sizes - 1).astype(np.float64)).astype(np.int64)
+    # Beyond 2**52 the root may be off by one.
+    wide += ((wide + 1) ** 2 <= sizes - 1).astype(np.int64) - (wide**2 > sizes - 1).astype(np.int64) + 1
+    tall = -(-sizes // wide)
+    edge = sizes - 1 - (tall - 1) * wide
     word = np.uint64 if (kinds == _LARGE).any() else np.uint32
     return Domains(
         sizes=sizes,
@@ -145,39 +149,11 @@ def make_domains(sizes: Int64s, keys: UInt64s) -> Domains:
         kind=kind,
         tall=tall.astype(word),
         wide=wide.astype(word),
+        edge=edge.astype(word),
         low=keys.astype(np.uint32),
         high=(keys >> np.uint64(32)).astype(np.uint32),
-        snug=bool((tall * wide == sizes).all()),
+        whole=bool((edge == wide - 1).all()),
     )
-
-
-def _sides(sizes: Int64s) -> tuple[Int64s, Int64s]:
-    """Sides near the square root: of up to 32 pairs the one with the fewest places beyond the size."""
-    root = np.sqrt((sizes - 1).astype(np.float64)).astype(np.int64)
-    root += ((root + 1) ** 2 <= sizes - 1).astype(np.int64) - (root**2 > sizes - 1).astype(np.int64)
-    tall = root + 1
-    # Beyond 2**24 a place is outside once in thousands: the first pair will do.
-    for start in range(0, len(sizes), SPAN):
-        span = slice(start, start + SPAN)
-        tall[span] += _stretch(sizes[span].astype(np.float64), tall[span].astype(np.float64))
-    return tall, -(-sizes // tall)
-
-
-def _stretch(sizes: Floats, least: Floats) -> Int64s:
-    """How much longer than ``least`` the longer side is. All numbers here are whole and below 2**53."""
-    best = np.full(len(sizes), np.inf)
-    # By a quarter at most: in long thin grids eight rounds leave traces.
-    most = np.where(sizes <= MEDIUM_MAX, np.minimum(least // 4, _STRETCH - 1), 0)
-    for more in range(int(most.max(initial=0)) + 1):
-        side = least + more
-        spare = np.ceil(sizes / side)
-        spare *= side
-        spare -= sizes
-        spare *= _STRETCH
-        spare += more
-        spare[most < more] = np.inf
-        np.minimum(best, spare, out=best)
-    return best.astype(np.int64) % _STRETCH
 
 
 def permutation(size: int, key: int) -> Int64s:
@@ -234,21 +210,15 @@ def _permute_small(places: Int64s, which: Int64s | None, domains: Domains) -> In
 
 
 def _permute_medium(places: Int64s, which: Int64s | None, domains: Domains) -> Int64s:
-    tall, wide, low, high = (_column(c, which) for c in (domains.tall, domains.wide, domains.low, domains.high))
-    if tall.dtype != np.uint32:
-        tall, wide = tall.astype(np.uint32), wide.astype(np.uint32)
     words = places.astype(np.uint32)
-    _network32(words, tall, wide, low, high)
-    moved = words.astype(np.int64)
-    return moved if domains.snug else _walk(moved, which, domains, _permute_medium)
+    _network32(words, *_grids(which, domains, np.uint32), _column(domains.low, which), _column(domains.high, which))
+    return words.astype(np.int64)
 
 
 def _permute_large(places: Int64s, which: Int64s | None, domains: Domains) -> Int64s:
-    tall, wide, keys = (_column(c, which) for c in (domains.tall, domains.wide, domains.keys))
     words = places.astype(np.uint64)
-    _network64(words, tall, wide, keys)
-    moved = words.view(np.int64)
-    return moved if domains.snug else _walk(moved, which, domains, _permute_large)
+    _network64(words, *_grids(which, domains, np.uint64), _column(domains.keys, which))
+    return words.view(np.int64)
 
 
 _WAYS: Final = (_permute_small, _permute_medium, _permute_large)
@@ -258,61 +228,75 @@ def _column(column: Words, which: Int64s | None) -> Words:
     return column[0:1] if which is None else column.take(which)
 
 
-def _walk(moved: Int64s, which: Int64s | None, domains: Domains, again: Any) -> Int64s:
-    outside = np.flatnonzero(moved >= _column(domains.sizes, which))
-    if outside.size:
-        moved[outside] = again(moved[outside], None if which is None else which[outside], domains)
-    return moved
+def _grids(which: Int64s | None, domains: Domains, word: type) -> tuple[Words, Words, Words | None]:
+    """Of each place its grid's tall, wide and edge; edge is None if no grid has a shorter last row."""
+    tall, wide = (_column(c, which).astype(word, copy=False) for c in (domains.tall, domains.wide))
+    return tall, wide, None if domains.whole else _column(domains.edge, which).astype(word, copy=False)
 
 
-def _network32(words: UInt32s, tall: UInt32s, wide: UInt32s, low: UInt32s, high: UInt32s) -> None:
-    """Eight rounds over each word, in place: 13 passes of 32-bit words a round.
+def _network32(words: UInt32s, tall: UInt32s, wide: UInt32s, edge: UInt32s | None, low: UInt32s, high: UInt32s) -> None:
+    """Eight rounds over each word, in place: 13 passes of 32-bit words a round, 16 or 17 with an edge.
 
-    The hash is of 32 bits, its upper 16 times a side below 2**13 gives a number below that side. The sum of two numbers
-    below a side, less that side, wraps around when it was below it: the lesser of the two is the sum modulo the side.
+    The upper 16 bits of a 32-bit hash times a length below 2**13 give a number below that length in the next 16. The sum
+    of two numbers below a length, less that length, wraps around when the sum was below it: the lesser of the two is the
+    sum modulo the length.
     """
-    upper = words // wide
-    lower = words - upper * wide
-    mixed, shifted = np.empty_like(words), np.empty_like(words)
+    row = words // wide
+    column = words - row * wide
+    mixed, spare = np.empty_like(words), np.empty_like(words)
+    length, below, gap = (None, None, None) if edge is None else (np.empty_like(words), tall - _TWO, wide - _ONE - edge)
     for shift, times, then, again in _ROUND_WORDS32:
-        for source, target, side, key in ((lower, upper, tall, low), (upper, lower, wide, high)):
-            np.add(source, key, out=mixed)
-            np.right_shift(mixed, shift, out=shifted)
-            np.bitwise_xor(mixed, shifted, out=mixed)
-            np.multiply(mixed, times, out=mixed)
-            np.right_shift(mixed, then, out=shifted)
-            np.bitwise_xor(mixed, shifted, out=mixed)
-            np.multiply(mixed, again, out=mixed)
-            np.right_shift(mixed, _SIXTEEN, out=mixed)
-            np.multiply(mixed, side, out=mixed)
-            np.right_shift(mixed, _SIXTEEN, out=mixed)
-            np.add(mixed, target, out=mixed)
-            np.subtract(mixed, side, out=shifted)
-            np.minimum(mixed, shifted, out=target)
-    np.multiply(upper, wide, out=words)
-    np.add(words, lower, out=words)
+        for source, moved, side, key in ((column, row, tall, low), (row, column, wide, high)):
+            if length is not None:
+                # A difference that would be below zero has its top bit set.
+                np.subtract(edge if source is column else below, source, length)
+                np.right_shift(length, _TOP, length)
+                if source is row:
+                    np.multiply(length, gap, length)
+                np.subtract(side, length, length)
+                side = length
+            np.add(source, key, mixed)
+            np.right_shift(mixed, shift, spare)
+            np.bitwise_xor(mixed, spare, mixed)
+            np.multiply(mixed, times, mixed)
+            np.right_shift(mixed, then, spare)
+            np.bitwise_xor(mixed, spare, mixed)
+            np.multiply(mixed, again, mixed)
+            np.right_shift(mixed, _SIXTEEN, mixed)
+            np.multiply(mixed, side, mixed)
+            np.right_shift(mixed, _SIXTEEN, mixed)
+            np.add(mixed, moved, mixed)
+            np.subtract(mixed, side, spare)
+            np.minimum(mixed, spare, out=moved)
+    np.multiply(row, wide, words)
+    np.add(words, column, words)
 
 
-def _network64(words: UInt64s, tall: UInt64s, wide: UInt64s, keys: UInt64s) -> None:
+def _network64(words: UInt64s, tall: UInt64s, wide: UInt64s, edge: UInt64s | None, keys: UInt64s) -> None:
     """The same in 64-bit words: each round has splitmix64's finaliser and the next key of its sequence."""
-    upper = words // wide
-    lower = words - upper * wide
+    row = words // wide
+    column = words - row * wide
     golden, half = np.array(_GOLDEN, np.uint64), np.array(32, np.uint64)
     for number in range(_ROUNDS):
-        source, target, side = (lower, upper, tall) if number % 2 == 0 else (upper, lower, wide)
         keys = keys + golden
+        if number % 2 == 0:
+            source, moved = column, row
+            side = tall if edge is None else tall - (column > edge)
+        else:
+            source, moved = row, column
+            side = wide if edge is None else np.where(row == tall - 1, edge + 1, wide)
         mixed = mix64(source + keys)
         mixed >>= half
         mixed *= side
         mixed >>= half
-        mixed += target
-        np.minimum(mixed, mixed - side, out=target)
-    np.multiply(upper, wide, out=words)
-    np.add(words, lower, out=words)
+        mixed += moved
+        np.minimum(mixed, mixed - side, out=moved)
+    np.multiply(row, wide, words)
+    np.add(words, column, words)
 
 
 # Arrays of no dimension: a plain number would be converted anew at each of the hundred calls of a span.
-_SIXTEEN: Final = np.array(16, np.uint32)
+_ONE, _TWO, _SIXTEEN, _TOP = (np.array(c, np.uint32) for c in (1, 2, 16, 31))
 _ROUND_WORDS32: Final[Sequence[tuple[UInt32s, ...]]] = tuple(
     tuple(np.array(c, np.uint32) for c in constants) for constants in _ROUNDS32
 )

@@ -335,7 +335,8 @@ class _Read:
             lag_s = self._loop.time() - until_s
             if lag_s > _LAG_S:
                 for attempt in self._live:
-                    attempt.excused_s += min(lag_s, self._plan.stall_s)
+                    # The first time a moment more, in which what came meanwhile gets here.
+                    attempt.excused_s += lag_s if attempt.excused_s else lag_s + _LAG_S
 
     def _drop(self, attempt: Attempt) -> None:
         assert attempt.task is not None

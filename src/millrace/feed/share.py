@@ -126,9 +126,9 @@ class Sharing:
 def _by_lane(origin: Int64s, nth: Int64s, count: int, lanes: int) -> Int64s:
     """The nth (in the last axis) of ``count`` positions from a start in the lane ``origin``, when sorted by lane.
 
-    Counted from the start. Each lane has ``each`` of them, and ``more`` lanes one more: those from ``origin`` on, around
-    the end. So the lanes fall into four runs: [0, around) and [origin, until) have one more, [around,
-    origin) and [until, lanes) have not; that gives the lane by division instead of by sorting.
+    Counted from the start. Each lane has ``each`` of them, and ``more`` lanes one more: those from ``origin``, around
+    the end. So the lanes fall into four runs: [0, around) and [origin, until) have one more, [around, origin) and
+    [until, lanes) have not; that gives the lane by division instead of by sorting.
     """
     each, more = divmod(count, lanes)
     around = np.maximum(origin + more - lanes, 0)

@@ -1,0 +1,1 @@
+"""torch: the one adapter of the feed that imports it."""
