@@ -13,7 +13,7 @@ from millrace.catalog.checkpoint_replicate import replicate
 from millrace.catalog.checkpoint_save import Saving, save
 from millrace.client.checkpoint_tree import Checkpoints
 from millrace.client.tree import Datasets, Tree
-from millrace.core.errors import Corrupt, Unavailable
+from millrace.core.errors import Corrupt, StoreError
 from millrace.core.spec import Placement
 from millrace.stores.local import LocalStore
 from millrace.wiring.world import OpenWorld, open_world
@@ -153,13 +153,13 @@ def test_what_is_missing_is_not_found_in_a_sentence(tmp_path: Path, path: str, s
     within(tmp_path, scene)
 
 
-def test_stores_that_do_not_answer_are_no_absence(tmp_path: Path) -> None:
+def test_stores_that_are_gone_are_no_absence(tmp_path: Path) -> None:
     async def scene(tree: Checkpoints, depot: Depot, world: OpenWorld) -> None:
         for path in (tmp_path / "local", tmp_path / "world" / "aws", tmp_path / "world" / "gcp"):
             path.rename(path.with_suffix(".away"))
-            path.write_bytes(b"not a folder")
-        with pytest.raises(Unavailable, match="it can't be told whether there are checkpoints of run-7"):
-            await tree.info("checkpoints/run-7")
+        assert len(await tree.children("checkpoints/run-7")) == 2
+        with pytest.raises(StoreError, match=r"no manifest of step 5 can be read.*local.*aws-main.*gcp-main"):
+            await tree.info("checkpoints/run-7/5")
 
     within(tmp_path, scene)
 

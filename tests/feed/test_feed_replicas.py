@@ -34,16 +34,16 @@ PATIENT = HedgePlan(first_s=20.0, stall_s=20.0)
 
 
 class Clock:
-    """The machine's time, and what a test adds to it."""
+    """A clock that only the test moves. What a read waits for is timed by the event loop."""
 
     def __init__(self) -> None:
         self.ahead_s = 0.0
 
     def now_ms(self) -> int:
-        return int(1000 * (time.time() + self.ahead_s))
+        return 1_700_000_000_000 + int(1000 * self.ahead_s)
 
     def monotonic_s(self) -> float:
-        return time.monotonic() + self.ahead_s
+        return 1000.0 + self.ahead_s
 
 
 class Scripted(MemoryStore):
@@ -153,7 +153,7 @@ async def scripted(*names: str) -> dict[str, Scripted]:
 def test_the_near_one_is_read_and_the_others_are_left_in_peace() -> None:
     async def main() -> None:
         stores = await scripted("c", "b", "a")
-        async with Setup(stores).reader as reader:
+        async with Setup(stores, PATIENT).reader as reader:
             for start in range(0, 64_000, 1000):
                 view = await reader.read(extent(start), KEY, ["c", "b", "a"])
                 assert view == DATA[start : start + 1000]
@@ -201,7 +201,7 @@ def test_one_that_fails_is_left_at_once_and_named() -> None:
         (event,) = setup.told
         assert (event.kind, event.store) == ("failover", "a")
         assert f"store a failed on shard {SHARD[:12]}: connection refused; b is read instead, after" in event.sentence
-        assert abs(event.at_ms - setup.clock.now_ms()) < 60_000
+        assert event.at_ms == setup.clock.now_ms()
         assert setup.reader.traffic()["a"].failures == 1
 
     play(main)
@@ -495,20 +495,15 @@ def test_a_stall_that_a_hedge_hid_counts_as_well() -> None:
 def test_late_reads_of_a_working_store_are_asked_for_twice_within_the_budget() -> None:
     async def main() -> None:
         stores = await scripted("a", "b")
-        turns = iter(range(1000))
-
-        async def act() -> None:
-            await asyncio.sleep(0.3 if next(turns) % 2 else 0.01)
-
-        stores["a"].act = act
-        stores["b"].act = slow(0.005)
-        setup = Setup(stores, HedgePlan(first_s=0.1, stall_s=20.0, burst=2, share=0.05))
+        stores["a"].act = slow(0.3)
+        stores["b"].act = stalls
+        setup = Setup(stores, HedgePlan(first_s=0.1, stall_s=20.0, burst=3, share=0.05), in_flight=40, per_store=40)
         async with asyncio.TaskGroup() as group:
             for start in range(0, 40_000, 1000):
                 group.create_task(setup.read(extent(start)))
-        assert setup.reader.traffic()["a"].hedges in {2, 3}
-        assert stores["b"].calls <= 3 + 40  # the store may be left for a moment after a lost hedge
-        await setup.reader.aclose()
+        assert setup.reader.traffic()["a"].hedges == stores["b"].calls == 3
+        assert setup.reader.traffic()["a"].bytes_useful == 40_000
+        assert {event.kind for event in setup.told} == {"hedge"}
 
     play(main)
 
@@ -661,6 +656,7 @@ def test_whatever_the_stores_do_the_bytes_are_right_or_it_is_an_error(worlds: li
 
     async def main() -> None:
         dice = random.Random(seed)
+        works = bool({"whole", "slow"} & set(worlds))
         rates = {
             "flaky": FaultRates(unavailable=0.3, corrupt=0.1),
             "dead": FaultRates(unavailable=1.0),
@@ -677,11 +673,11 @@ def test_whatever_the_stores_do_the_bytes_are_right_or_it_is_an_error(worlds: li
                 await inner.delete(KEY)
             plan = FaultPlan(rates.get(habit, FaultRates()), delay_s=0.01)
             stores["abcd"[i]] = Fault(inner, name="abcd"[i], plan=plan, rng=dice)
-        setup = Setup(stores, HedgePlan(first_s=0.005, stall_s=0.01, give_up_s=0.05))
+        setup = Setup(stores, HedgePlan(first_s=0.005, stall_s=0.01, give_up_s=20.0 if works else 0.05))
         wanted = [extent(1000 * dice.randrange(64)) for _ in range(reads)]
         done = await asyncio.gather(*(setup.read(one) for one in wanted), return_exceptions=True)
         await setup.reader.aclose()
-        if {"whole", "slow"} & set(worlds):
+        if works:
             assert not [one for one in done if isinstance(one, BaseException)]
         assert all(isinstance(one, bytes | Corrupt | Unavailable) for one in done)
         traffic = setup.reader.traffic().values()

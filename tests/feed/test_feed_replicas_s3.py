@@ -128,6 +128,4 @@ def test_a_server_that_goes_away_in_the_middle_is_left_for_a_disk(
 
     waits = asyncio.run(main())
     assert len(waits) == 64
-    print(f"longest {max(waits):.3f}", *(event.sentence for event in told), sep="\n")
-    assert {event.store for event in told} == {"aws-main"}
     assert any(SHARD[:12] in event.sentence and "gcp-main is" in event.sentence for event in told)

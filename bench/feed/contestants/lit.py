@@ -61,6 +61,7 @@ class Loader:
             shuffle=True,
             seed=SEED,
             item_shuffle_window="full" if job.variant == "full" else None,
+            batch_decode=0 if job.variant=="full" else "auto",
         )
         self._batches = litdata.StreamingDataLoader(
             rows, batch_size=BATCH_ROWS, num_workers=job.workers, collate_fn=collate

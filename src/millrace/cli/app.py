@@ -78,6 +78,7 @@ def main() -> None:
     """The entry point."""
     try:
         import millrace.cli.catalog
+        import millrace.cli.checkpoints
         import millrace.cli.demo
         import millrace.cli.feed
         import millrace.cli.init

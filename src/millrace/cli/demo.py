@@ -22,9 +22,11 @@ from millrace.catalog.findings import VerifyProgress, VerifyReport
 from millrace.catalog.verify import verify
 from millrace.catalog.versions import resolve
 from millrace.cli.app import app, perform
+from millrace.cli.feed import receipt_lines
 from millrace.cli.live import RunView, byte_progress, listing_progress
 from millrace.cli.options import JsonOption
 from millrace.cli.output import Output
+from millrace.client.dataset import open_dataset
 from millrace.core.errors import RunStopped, UsageError
 from millrace.core.facts import RunReport
 from millrace.core.units import format_bytes
@@ -51,7 +53,7 @@ transforms:
   - sql: "SELECT path, text FROM records WHERE length(text) > 200"
   - validate: {{required: [text], unique: [path]}}
   - tokenize: {{column: text, tokenizer: bytes, pack: 2048}}
-shards: {{size: 4MB}}
+shards: {{size: 4MB, block_rows: 128}}
 placement: {{replicas: 3, min_clouds: 2, allow: [us, eu]}}
 quarantine: {{limit: 2%}}         # the library's tests hold files that are broken on purpose
 chunk: 4MB
@@ -196,6 +198,9 @@ class Demo:
         self._say(f"after   {second.digest}")
         self._claim("the digest is unchanged", bool(self.digest) and again.digest == second.digest == self.digest)
 
+        self._title("Feed an epoch to a training loop, and lose a cloud in the middle of it")
+        await asyncio.to_thread(self._feed)
+
     # --- steps ------------------------------------------------------------------------------------
 
     def _write(self) -> None:
@@ -253,6 +258,35 @@ class Demo:
         )
         self._say(f"{report.replicas} replicas of {report.objects} objects, {format_bytes(report.bytes)}: {found}")
         return report
+
+    def _feed(self) -> None:
+        """What a researcher writes; and in the middle of the loop the cloud that is being read from goes away."""
+        dataset = open_dataset(_DATASET, world=self._folder / "world.yaml", cache=False)
+        # So little memory that the epoch can't be read ahead before the cloud is gone.
+        with dataset, dataset.loader(32, seed=17, window=2, memory="4MB", format="numpy") as loader:
+            lost, before = "", 0
+            for step, _batch in enumerate(loader):
+                if step == len(loader) // 3:
+                    used = max(dataset.traffic(), key=lambda t: t.bytes)
+                    lost, before = used.cloud, loader.stats()["blocks_loaded"]
+                    shutil.rmtree(self._cloud(lost))
+                    size = format_bytes(used.bytes)
+                    self._say(f"step {step} of {len(loader)}: deleted {lost}, which {size} came from")
+            receipt, stats = loader.receipt(), loader.stats()
+            self._say(f"{stats['blocks_loaded'] - before} blocks were read after that, and batches went on")
+            for event in [e for e in loader.events if e.kind == "failover"][:2]:
+                self._say(event.sentence)
+            self._claim(
+                f"each of the {len(dataset)} rows was delivered exactly once, in the order that the seed says",
+                receipt.complete and receipt.rows == len(dataset) and receipt.proof == loader.expected().proof,
+            )
+            self._claim(
+                f"reading moved to another cloud; no batch waited over 1 s (the longest {stats['waited_max_s']:.3f} s)",
+                stats["waited_max_s"] <= 1.0 and any(lost in e.store for e in loader.events if e.kind == "failover"),
+            )
+            for line in receipt_lines(receipt):
+                self._say(line)
+        dataset.session.close()
 
     # --- words ------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -99,22 +99,20 @@ def feed(
     hint = f"; what was read is in {state}, go on with the same command" if state is not None else ""
     found, numbers = perform_now(output, work, interrupted=f"interrupted{hint}")
     output.document({"receipt": found.plain(), "stats": numbers})
-    for line in receipt_lines(found, numbers):
+    first, *others = receipt_lines(found, numbers["events"])
+    for line in (first, f"rate      {_rate_line(numbers)}", *others):
         output.line(line)
     if not found.whole and world_size == 1:
         raise typer.Exit(1)
 
 
-def receipt_lines(receipt: Receipt, numbers: dict[str, Any]) -> list[str]:
-    """A receipt as a person reads it."""
+def receipt_lines(receipt: Receipt, events: Sequence[str] = ()) -> list[str]:
+    """A receipt as a person reads it, and what went wrong meanwhile."""
     rank, world_size, _ = receipt.share or (0, 1, 1)
     of = "" if world_size == 1 else f" of rank {rank} of {world_size}"
     lines = [
         f"epoch {receipt.epoch}, rows {receipt.begin:,} to {receipt.end:,} of {receipt.total:,}{of}: "
-        f"{count(receipt.rows, 'row')} delivered, {len(receipt.quarantined)} set aside",
-        f"rate      {numbers['rows_per_s']:,.0f} rows/s, {numbers['batches_per_s']:,.0f} batches/s in "
-        f"{format_seconds(numbers['seconds'])}; waited {format_seconds(numbers['waited_s'])} for blocks, "
-        f"{format_seconds(numbers['waited_max_s'])} at most",
+        f"{count(receipt.rows, 'row')} delivered, {len(receipt.quarantined)} set aside"
     ]
     for t in receipt.traffic:
         if t.bytes:
@@ -125,11 +123,19 @@ def receipt_lines(receipt: Receipt, numbers: dict[str, Any]) -> list[str]:
     lines += [f"set aside row {q.row} of {q.dataset[:12]}: {q.reason}" for q in receipt.quarantined[:_SHOWN]]
     if len(receipt.quarantined) > _SHOWN:
         lines.append(f"          and {len(receipt.quarantined) - _SHOWN} more; --json has all")
-    lines += [f"note      {sentence}" for sentence in numbers["events"][:_SHOWN]]
+    lines += [f"note      {sentence}" for sentence in events[:_SHOWN]]
     lines += [f"manifest  {digest}" for digest in receipt.datasets]
     lines.append(f"order     {receipt.order}")
     lines.append(f"proof     {receipt.proof}")
     return lines
+
+
+def _rate_line(numbers: dict[str, Any]) -> str:
+    return (
+        f"{numbers['rows_per_s']:,.0f} rows/s, {numbers['batches_per_s']:,.0f} batches/s in "
+        f"{format_seconds(numbers['seconds'])}; waited {format_seconds(numbers['waited_s'])} for blocks, "
+        f"{format_seconds(numbers['waited_max_s'])} at most"
+    )
 
 
 def _drain(loader: Loader, batch_size: int, output: Output) -> dict[str, Any]:

@@ -116,7 +116,7 @@ class Checkpoints:
         return names
 
     async def _steps(self, name: str) -> dict[int, Known]:
-        """The checkpoint that counts, of every step that some store has.
+        """The checkpoint that counts, of every step that a store lists or a record tells of.
 
         Raises:
             FileNotFoundError: there is none.
@@ -127,8 +127,7 @@ class Checkpoints:
         found = await survey(self._depot(name), tolerant=True)
         steps: dict[int, Known] = {}
         for known in found.known:
-            if known.stores:
-                steps.setdefault(known.step, known)
+            steps.setdefault(known.step, known)
         if not steps and found.failed:
             why = "; ".join(f"{store}: {error}" for store, error in found.failed.items())
             raise Unavailable(f"it can't be told whether there are checkpoints of {name}: {why}; bring the stores back")

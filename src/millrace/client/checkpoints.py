@@ -196,14 +196,13 @@ class Checkpoints:
             StoreError: this machine can't hold it (``NoSpace``). Nothing of it is left then, and what was there is
                 as it was.
         """
-        check_step(step)
-        loader_state = None if loader is None else json_safe(_state_of(loader), "the loader's state")
+        step = check_step(step)
 
         def commit(folder: Path, kind: Literal["files", "torch"], world_size: int) -> Saved:
             saving = Saving(
                 step,
                 folder,
-                loader_state=loader_state,
+                loader_state=None if loader is None else json_safe(_state_of(loader), "the loader's state"),
                 kind=kind,
                 world_size=world_size,
                 overwrite=overwrite,
@@ -278,7 +277,7 @@ class Checkpoints:
         return self._session.call(self._series.retain())
 
     def close(self) -> None:
-        """Stop replicating. What isn't replicated is on this machine, and the next to open this name goes on with it."""
+        """Stop replicating. What isn't replicated stays on this machine, and whoever opens the name next goes on."""
         if not self._closed:
             self._closed = True
             self._session.call(self._series.aclose())

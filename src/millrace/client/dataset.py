@@ -64,7 +64,7 @@ class Dataset:
     """
 
     def __init__(
-        self, reference: str, *, world: Path | None = None, cache: Path | None | bool = None, cache_limit: str | int
+        self, reference: str, *, world: Path | None = None, cache: Path | bool | None = None, cache_limit: str | int
     ) -> None:
         """See :func:`open_dataset`."""
         self._arguments = (reference, world, cache, cache_limit)
@@ -152,14 +152,16 @@ class Dataset:
             seed: 0 to 2**64 - 1. The order is a function of the version, the seed and the epoch alone.
             shuffle: ``True`` or ``"window"``; ``"full"``: over all rows, for what fits into memory; ``"blocks"``:
                 blocks in random order, batches mostly views of them; ``False``: the dataset's order.
-            rank, world_size: Default: of ``torch.distributed``, or what the launcher's variables say, or 0 and 1.
+            rank: Which of ``world_size``. Default: as ``torch.distributed`` or the launcher's variables say.
+            world_size: How many ranks there are; goes with ``rank``.
             replication: Ranks in a group that get the same rows (tensor parallel).
             drop_last: Leave out the last batch of an epoch if it isn't full.
             columns: Which; default all.
             format: ``"torch"``, ``"numpy"``, ``"jax"`` or ``"arrow"``; default torch if it is installed, else numpy.
             decode: Column to a function from a row's value (bytes, text, array) to an array or number. Rows it
                 raises on are set aside.
-            lanes, window: Of the order; default from the version's size. See ``docs/design/feed-order.md``.
+            lanes: Of the order; default from the version's size. See ``docs/design/feed-order.md``.
+            window: Blocks that are mixed in each lane; default from the version's size.
             prefetch: Bytes on their way into the cache ahead of their use.
             memory: Bytes of blocks in memory; default what the shuffle window needs.
             quarantine: Share of an epoch's rows that may be set aside before it is an error.
@@ -277,7 +279,7 @@ def _digest_in(url: str) -> Digest:
     name = url.rpartition("/")[2].removesuffix(".json")
     if not url.endswith(manifest_key(Digest(name))) or len(name) != 64:
         raise UsageError(
-            f"{url!r} is not a manifest's URL; it ends in manifests/<64 letters of its digest>.json below a store's root"
+            f"{url!r} is not a manifest's URL; that ends in manifests/<64 letters of its digest>.json below a store"
         )
     return Digest(name)
 

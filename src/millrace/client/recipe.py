@@ -23,8 +23,8 @@ from millrace.feed.share import Sharing
 from millrace.wiring.surroundings import rank_and_world
 
 if TYPE_CHECKING:
-    from millrace.feed.mixing import Stage
     from millrace.client.dataset import Dataset
+    from millrace.feed.mixing import Stage
 
 __all__ = ["LoaderOptions", "build_loader"]
 
@@ -83,6 +83,7 @@ def build_loader(datasets: Sequence[Dataset], mixture: Mixture | None, options: 
     rows = [d.index.rows for d in datasets]
     order: Callable[[int], Order]
     if mixture is None:
+
         def order(epoch: int) -> Order:
             return EpochOrder(plans[0], rows[0], manifest=manifests[0], epoch=epoch)
     else:
@@ -150,9 +151,7 @@ def _plans(datasets: Sequence[Dataset], shuffle: Shuffle, options: LoaderOptions
     ]
 
 
-def _memory(
-    datasets: Sequence[Dataset], plans: Sequence[OrderPlan], sharing: Sharing, options: LoaderOptions
-) -> int:
+def _memory(datasets: Sequence[Dataset], plans: Sequence[OrderPlan], sharing: Sharing, options: LoaderOptions) -> int:
     """Bytes for blocks: what the windows that are open at a time hold, and some that come."""
     if options.memory is not None:
         return _size("memory", options.memory)

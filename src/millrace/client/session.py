@@ -55,6 +55,11 @@ class Session:
         """Have it done in the background."""
         return self.background.start(work)
 
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._holding.done()
+
     def close(self) -> None:
         """Close the stores and end the thread. Safe to call twice."""
         if not self._holding.done():
@@ -76,6 +81,7 @@ class Session:
 
 
 _sessions: dict[tuple[int, str], Session] = {}
+_registered: list[bool] = []
 _lock = threading.Lock()
 
 
@@ -105,9 +111,10 @@ def session_at(manifest_url: str) -> Session:
 def _shared(place: str, opening: Callable[[], AbstractAsyncContextManager[OpenWorld]]) -> Session:
     key = (os.getpid(), place)
     with _lock:
-        if key not in _sessions:
+        if key not in _sessions or _sessions[key].closed:
             _sessions[key] = Session(opening())
-            if len(_sessions) == 1:
+            if not _registered:
+                _registered.append(True)
                 _at_exit(_close_all)
         return _sessions[key]
 

@@ -46,7 +46,8 @@ def egress_price(cloud: str, region: str, here: str | None) -> EgressPrice | Non
     """What a GB costs that is read in a site from here.
 
     Args:
-        cloud, region: Where the store is.
+        cloud: The store's.
+        region: The store's.
         here: ``cloud/region`` of the reader; None when it isn't known, which counts as outside of every cloud.
 
     Returns:

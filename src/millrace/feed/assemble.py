@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from millrace.core.errors import UsageError
 from millrace.feed.blocks import BlockPool
 from millrace.feed.columns import Column, Gather
 from millrace.feed.recipe import Recipe

@@ -207,7 +207,7 @@ class BlockPool:
         return found
 
     def retire(self, blocks: Int64s, span: int) -> None:
-        """Let go of those that no later span needs: memory that was handed out stays for who holds it, and only them."""
+        """Let go of those that no later span needs: memory that was handed out stays for who holds it."""
         for g in np.unique(blocks[self._wanted[blocks] <= span]).tolist():
             self._forget(g)
 

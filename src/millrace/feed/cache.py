@@ -54,6 +54,8 @@ _HORIZON_S = 365 * 86_400.0
 """Needed later than this is needed never, as far as a file's date can say it on every disk."""
 _RESOLUTION_S = 1.0
 _BAD_MAX = 65_536
+_ROTTEN = frozenset({errno.EIO, errno.EBADMSG, errno.ELOOP})
+"""What the file itself is to blame for. Others, too many open files for one, are no reason to remove it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +170,7 @@ class BlockCache:
             return self._missed()
         with self._mutex:
             self._hits += 1
+            self._bad.pop(name, None)
         return True
 
     def _read_open(self, name: str, path: str, handle: int, alloc: Callable[[int], memoryview]) -> bool:
@@ -196,7 +199,7 @@ class BlockCache:
         return False
 
     def _set_aside(self, name: str, path: str, problem: Damaged | OSError) -> None:
-        """Remove a block that can't be had, so that it is fetched again; where it can't be removed, remember it."""
+        """Remove a block that nobody can read; remember one that only this process can't, so that it is fetched."""
         if isinstance(problem, Damaged):
             self._trouble.report(
                 "damaged",
@@ -205,15 +208,13 @@ class BlockCache:
             )
         else:
             self._trouble.unreadable(name, problem)
-        try:
-            os.unlink(path)
-        except FileNotFoundError:
-            return
-        except OSError:
-            with contextlib.suppress(OSError), self._mutex:
-                if len(self._bad) >= _BAD_MAX:
-                    self._bad.clear()
-                self._bad[name] = os.stat(path).st_ino
+        with contextlib.suppress(OSError):
+            if isinstance(problem, Damaged) or problem.errno in _ROTTEN:
+                os.unlink(path)
+        with contextlib.suppress(OSError), self._mutex:
+            if len(self._bad) >= _BAD_MAX:
+                self._bad.clear()
+            self._bad[name] = os.stat(path).st_ino
 
     def _is_there(self, name: str) -> bool:
         """Whether a block lies there that this process did not fail to read."""

@@ -1,10 +1,11 @@
 """Keyed permutations of ``[0, n)`` that are computed, not stored: for any n, for many keys in one call.
 
-A number x in ``[0, n)`` is a place (x // wide, x % wide) on a grid of ``tall`` rows that is as square as can be; the last
-row may be shorter, and then the columns beyond its end are too. Eight rounds of an alternating Feistel network move the
-places: the even ones by a hash of column and key along the column, the odd ones by a hash of row and key along the row,
-each modulo the length of that column or row. Every step is a rotation of rows or columns, which can be undone, so the
-whole is a bijection of exactly n places, and none need be sent through again until it falls inside ("cycle walking").
+A number x in ``[0, n)`` is a place (x // wide, x % wide) on a grid that is as square as can be; its last row may be
+shorter, and so may the columns beyond that one's end. Eight rounds of an alternating Feistel network move the places:
+the even ones along their column, by a hash of the column and the key, the odd ones along their row, by a hash of the
+row and the key, each modulo the length of that column or row. Every step rotates columns or rows, which can be undone,
+so the whole is a bijection of exactly n places: none has to be sent through again until it falls inside, as with a grid
+of a power of two ("cycle walking").
 
 Three sizes have three ways, and which of them is a function of n alone:
 
@@ -37,7 +38,7 @@ Words = npt.NDArray[Any]
 SMALL_MAX: Final = 64
 MEDIUM_MAX: Final = 1 << 24
 SIZE_MAX: Final = 1 << 62
-SPAN: Final = 4096
+SPAN: Final = 8192
 """Elements worked on at once: a dozen arrays of 32-bit words of it fit into the L2 cache."""
 
 _SMALL, _MEDIUM, _LARGE = 0, 1, 2
@@ -230,31 +231,34 @@ def _column(column: Words, which: Int64s | None) -> Words:
 
 def _grids(which: Int64s | None, domains: Domains, word: type) -> tuple[Words, Words, Words | None]:
     """Of each place its grid's tall, wide and edge; edge is None if no grid has a shorter last row."""
-    tall, wide = (_column(c, which).astype(word, copy=False) for c in (domains.tall, domains.wide))
+    tall: Words = _column(domains.tall, which).astype(word, copy=False)
+    wide: Words = _column(domains.wide, which).astype(word, copy=False)
     return tall, wide, None if domains.whole else _column(domains.edge, which).astype(word, copy=False)
 
 
 def _network32(words: UInt32s, tall: UInt32s, wide: UInt32s, edge: UInt32s | None, low: UInt32s, high: UInt32s) -> None:
     """Eight rounds over each word, in place: 13 passes of 32-bit words a round, 16 or 17 with an edge.
 
-    The upper 16 bits of a 32-bit hash times a length below 2**13 give a number below that length in the next 16. The sum
-    of two numbers below a length, less that length, wraps around when the sum was below it: the lesser of the two is the
-    sum modulo the length.
+    The upper 16 bits of a 32-bit hash times a length below 2**13 give a number below that length in the next 16 bits.
+    The sum of two numbers below a length, less that length, wraps around if the sum was below it: the lesser of the two
+    is the sum modulo the length.
     """
     row = words // wide
     column = words - row * wide
-    mixed, spare = np.empty_like(words), np.empty_like(words)
-    length, below, gap = (None, None, None) if edge is None else (np.empty_like(words), tall - _TWO, wide - _ONE - edge)
+    mixed, spare, shorter = np.empty_like(words), np.empty_like(words), np.empty_like(words)
+    # Columns beyond `edge` are shorter by one; rows beyond `above`, which is the last row alone, by `gap`.
+    above, gap = (None, None) if edge is None else (tall - _TWO, wide - _ONE - edge)
     for shift, times, then, again in _ROUND_WORDS32:
-        for source, moved, side, key in ((column, row, tall, low), (row, column, wide, high)):
-            if length is not None:
-                # A difference that would be below zero has its top bit set.
-                np.subtract(edge if source is column else below, source, length)
-                np.right_shift(length, _TOP, length)
-                if source is row:
-                    np.multiply(length, gap, length)
-                np.subtract(side, length, length)
-                side = length
+        for source, moved, length, key, limit, less in (
+            (column, row, tall, low, edge, None),
+            (row, column, wide, high, above, gap),
+        ):
+            if limit is not None:
+                np.subtract(limit, source, shorter)
+                np.right_shift(shorter, _TOP, shorter)  # 1 where the difference was below zero
+                if less is not None:
+                    np.multiply(shorter, less, shorter)
+                length = np.subtract(length, shorter, shorter)
             np.add(source, key, mixed)
             np.right_shift(mixed, shift, spare)
             np.bitwise_xor(mixed, spare, mixed)
@@ -263,10 +267,10 @@ def _network32(words: UInt32s, tall: UInt32s, wide: UInt32s, edge: UInt32s | Non
             np.bitwise_xor(mixed, spare, mixed)
             np.multiply(mixed, again, mixed)
             np.right_shift(mixed, _SIXTEEN, mixed)
-            np.multiply(mixed, side, mixed)
+            np.multiply(mixed, length, mixed)
             np.right_shift(mixed, _SIXTEEN, mixed)
             np.add(mixed, moved, mixed)
-            np.subtract(mixed, side, spare)
+            np.subtract(mixed, length, spare)
             np.minimum(mixed, spare, out=moved)
     np.multiply(row, wide, words)
     np.add(words, column, words)

@@ -58,7 +58,7 @@ class Loader:
         self._traffic = traffic
         self._events = events
         self._pool = BlockPool(
-            [s for s in recipe.sources],
+            recipe.sources,
             recipe.columns,
             recipe.schema,
             cache=cache,

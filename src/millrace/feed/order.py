@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from millrace.core.errors import UsageError
 from millrace.core.model import digest_of
-from millrace.feed.cipher import Domains, derive_key, derive_keys, make_domains, permutation, permute
+from millrace.feed.cipher import SPAN, Domains, derive_key, derive_keys, make_domains, permutation, permute
 
 __all__ = [
     "ORDER_VERSION",
@@ -50,7 +50,6 @@ _LANES_DEFAULT: Final = 64
 _LANES_FEW: Final = 8
 _WINDOW_DEFAULT: Final = 64
 _BLOCKS_A_LANE: Final = 8
-_SPAN: Final = 4096
 _SEARCHED: Final = 3
 
 # What a key is for, hashed into it.
@@ -338,8 +337,8 @@ class EpochOrder:
             raise ValueError("positions count through lanes of equal length; these are cut otherwise")
         blocks, rows = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
         lanes = self._plan.lanes
-        for start in range(0, len(positions), _SPAN):
-            span = slice(start, start + _SPAN)
+        for start in range(0, len(positions), SPAN):
+            span = slice(start, start + SPAN)
             some = positions[span]
             # As unsigned words negative positions are beyond every end.
             if int(some.view(np.uint64).max()) >= self._rows:
@@ -358,8 +357,8 @@ class EpochOrder:
             raise IndexError("an index lies outside its lane")
         sequence = self._lane_starts.take(lane) + index
         blocks, rows = np.empty(len(lane), np.int64), np.empty(len(lane), np.int64)
-        for start in range(0, len(lane), _SPAN):
-            span = slice(start, start + _SPAN)
+        for start in range(0, len(lane), SPAN):
+            span = slice(start, start + SPAN)
             blocks[span], rows[span] = self._find(sequence[span])
         return blocks, rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -143,7 +144,7 @@ def merge_receipts(parts: Sequence[Receipt]) -> Receipt:
                 f"{part.epoch} of order {part.order[:12]}"
             )
     ranges = sorted({(p.begin, p.end) for p in parts})
-    for (_, end), (begin, _) in zip(ranges, ranges[1:], strict=False):
+    for (_, end), (begin, _) in itertools.pairwise(ranges):
         if begin != end:
             raise UsageError(
                 f"the receipts {'overlap' if begin < end else 'leave out positions'} between {min(begin, end)} and "

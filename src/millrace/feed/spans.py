@@ -60,7 +60,8 @@ class Planner:
         pool: Is told which blocks come.
         first_step: Where to begin.
         number: The first span's.
-        span_rows: At most, and never over 4,096; fewer where shuffle windows are small, so that a span doesn't need two of each.
+        span_rows: At most, and never over 4,096; fewer where shuffle windows are small, so that a span doesn't need
+            two of each.
     """
 
     def __init__(

@@ -41,7 +41,8 @@ def encode_state(identity: Mapping[str, Any], place: Place, *, batch_size: int) 
     """The state, safe for JSON.
 
     Args:
-        identity: What decides the order (``datasets``, ``seed``, ``shuffle``, ``lanes``, ``window``, ``order``, ``mix``).
+        identity: What decides the order: ``datasets``, ``seed``, ``shuffle``, ``lanes``, ``window``, ``order`` and
+            ``mix``.
         place: Where.
         batch_size: For people; another one may go on from here.
     """

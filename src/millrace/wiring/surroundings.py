@@ -42,7 +42,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def cache_folder() -> Path:
-    """Where blocks are cached unless told otherwise: ``$MILLRACE_CACHE``, or ``millrace`` in the user's cache folder."""
+    """Where blocks are cached by default: ``$MILLRACE_CACHE``, or ``millrace`` in the user's cache folder."""
     named = os.environ.get("MILLRACE_CACHE")
     if named:
         return Path(named).expanduser()

@@ -29,7 +29,16 @@ from millrace.telemetry.metrics import StoreMetrics
 from millrace.wiring.clock import SystemClock
 from millrace.wiring.memory import settle_memory
 
-__all__ = ["OpenWorld", "folder_of", "open_bare", "open_sources", "open_stores", "open_world", "read_pipeline", "read_world"]
+__all__ = [
+    "OpenWorld",
+    "folder_of",
+    "open_bare",
+    "open_sources",
+    "open_stores",
+    "open_world",
+    "read_pipeline",
+    "read_world",
+]
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -133,7 +142,11 @@ async def open_bare(url: str) -> AsyncIterator[OpenWorld]:
     settle_memory()
     try:
         spec = World.model_validate(
-            {"clouds": {"anywhere": {"regions": {"anywhere": {"jurisdiction": "any", "stores": {"url": {"url": url}}}}}}}
+            {
+                "clouds": {
+                    "anywhere": {"regions": {"anywhere": {"jurisdiction": "any", "stores": {"url": {"url": url}}}}}
+                }
+            }
         )
     except ValidationError as error:
         raise UsageError(f"{url!r} is not a store's URL: {error.errors()[0]['msg']}") from error

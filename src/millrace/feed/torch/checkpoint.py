@@ -1,7 +1,7 @@
 """State dicts to folders and back through torch.distributed.checkpoint, with or without a process group.
 
 With a process group every rank calls the same function; each writes its own files to one folder that all of them
-must see, and one of them, the first, commits. What fails on one rank is raised on all: none waits for the others in vain.
+must see, and one of them, the first, commits. What fails on one rank is raised on all, so that none waits in vain.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ def _from_first(work: Callable[[], T]) -> T:
             outcome = [(work(), None)]
         except MillraceError as error:
             outcome = [(None, error)]
-        except OSError as error:
-            outcome = [(None, StoreError(f"the first rank failed: {error}"))]
+        except Exception as error:  # or the other ranks would wait for the broadcast
+            outcome = [(None, StoreError(f"rank 0 failed: {type(error).__name__}: {error}"))]
     if _grouped():
         dist.broadcast_object_list(outcome, src=0)
     value, failure = outcome[0]
@@ -180,8 +180,8 @@ def _check_seen(folder: Path) -> None:
     while not folder.is_dir():
         if time.monotonic() > deadline_s:
             raise UsageError(
-                f"on {socket.gethostname()} there is no {folder}, which the first rank made: ranks write one checkpoint "
-                "to one folder, so the world's 'state' must be a folder on a disk that all of them share"
+                f"on {socket.gethostname()} there is no {folder}, which the first rank made: all ranks write to one "
+                "folder, so the world's 'state' must be a folder on a disk that they share"
             )
         time.sleep(0.05)
 

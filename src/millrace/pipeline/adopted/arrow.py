@@ -48,9 +48,7 @@ def index_arrow(subject: Subject) -> FileIndex:
     if head[: len(_MAGIC)] == _MAGIC:
         return _index_file(subject)
     if len(head) < 8 or (head[:4] != _CONTINUATION and not 0 < int.from_bytes(head[:4], "little") <= obj.size_bytes):
-        raise not_adoptable(
-            obj, f"is neither an Arrow IPC file nor a stream, or is truncated: it begins with {head!r}"
-        )
+        raise not_adoptable(obj, f"is neither an Arrow IPC file nor a stream, or is truncated: it begins with {head!r}")
     return _index_stream(subject)
 
 

@@ -12,9 +12,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from millrace.core.errors import SourceError
-from millrace.core.model import Block, SourceObject
+from millrace.core.model import SourceObject
 from millrace.pipeline.adopted.scan import BLOCK_BYTES, BLOCK_BYTES_MAX, BLOCK_ROWS, FileIndex, Subject
-from millrace.pipeline.adopted.sentences import changed, not_adoptable, require_rows, too_long
+from millrace.pipeline.adopted.sentences import changed, require_rows, too_long
 from millrace.pipeline.formats.mds_columns import MdsColumn, gather_sizes, parse_column
 from millrace.pipeline.formats.ranged import RangedFile, decoding
 
