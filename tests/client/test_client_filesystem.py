@@ -24,6 +24,7 @@ import pyarrow.feather as feather
 import pyarrow.fs as pafs
 import pytest
 
+from millrace.client.checkpoints import checkpoints
 from millrace.client.filesystem import MillraceFile, MillraceFileSystem
 from millrace.client.session import session_for
 from millrace.client.tree import Part, Shelf
@@ -280,6 +281,46 @@ def test_pandas_reads_a_shard(folder: Path) -> None:
         "millrace://rivers@1/000000.arrow", storage_options={"world": str(folder / "world.yaml")}
     )
     assert frame["text"].tolist() == lines(1)[: len(frame)]
+
+
+# --- checkpoints --------------------------------------------------------------------------------------
+
+
+def test_checkpoints_are_files_too(folder: Path, fs: MillraceFileSystem) -> None:
+    assert fs.ls("checkpoints") == []
+    (folder / "state" / "deep").mkdir(parents=True)
+    (folder / "state" / "deep" / "model.bin").write_bytes(b"weights")
+    (folder / "state" / "empty").write_bytes(b"")
+    with checkpoints("run-7", world=folder / "world.yaml", placement={"replicas": 2, "min_clouds": 2}) as series:
+        series.save(1200, folder / "state")
+    base = "checkpoints/run-7/1200"
+    assert fs.ls("", detail=False) == ["empty", "rivers", "checkpoints"]
+    assert fs.find("millrace://checkpoints") == [f"{base}/deep/model.bin", f"{base}/empty"]
+    assert fs.glob(f"{base}/**/*.bin") == [f"{base}/deep/model.bin"]
+    assert fs.cat(fs.find(base)) == {f"{base}/deep/model.bin": b"weights", f"{base}/empty": b""}
+    fs.get(base, str(folder / "restored"), recursive=True)
+    assert (folder / "restored" / "deep" / "model.bin").read_bytes() == b"weights"
+    with pytest.raises(FileNotFoundError, match="run-7 has no checkpoint of step 7"):
+        fs.info("checkpoints/run-7/7/empty")
+    with pytest.raises(FileNotFoundError, match="there are no checkpoints of 'run-8'"):
+        fs.ls("checkpoints/run-8")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_torch_reads_a_checkpoint_where_it_lies(folder: Path) -> None:
+    torch = pytest.importorskip("torch")
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    reader = pytest.importorskip("torch.distributed.checkpoint._fsspec_filesystem").FsspecReader
+    saved = {"w": torch.arange(100_000, dtype=torch.float32), "step": 7}
+    with checkpoints("run-7", world=folder / "world.yaml", placement={"replicas": 2, "min_clouds": 2}) as series:
+        series.save(7, dict(saved))
+    for path in (folder / ".millrace").rglob("checkpoints/run-7/objects/*/*"):
+        path.unlink()  # another machine has only the replicas
+    loaded = {"w": torch.zeros(100_000), "step": 0}
+    url = "millrace://checkpoints/run-7/7"
+    dcp.load(loaded, storage_reader=reader(url, world=str(folder / "world.yaml")), no_dist=True)
+    assert torch.equal(loaded["w"], saved["w"])
+    assert loaded["step"] == 7
 
 
 # --- faults -------------------------------------------------------------------------------------------

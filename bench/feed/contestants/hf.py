@@ -13,6 +13,7 @@ from typing import Any
 import datasets  # type: ignore[import-not-found,unused-ignore]
 import numpy as np
 import pyarrow as pa
+import torch
 from datasets.arrow_writer import ArrowWriter  # type: ignore[import-not-found,unused-ignore]
 from torch.utils.data import DataLoader
 
@@ -59,26 +60,39 @@ def prepare(job: Job) -> None:
 
 class Loader:
     def __init__(self, job: Job) -> None:
-        self._tokens = job.workload == "tokens"
         parts = [datasets.Dataset.from_file(str(path)) for path in job.files("*.arrow")]
         rows = datasets.concatenate_datasets(parts).with_format("arrow")
+        order: Any = None
         if job.variant == "map":
-            order: Any = Permuted(job.rows, lists=True)
+            order = Permuted(job.rows, lists=True)
             self.state, self.load = order.state, order.load
         else:
             rows = rows.to_iterable_dataset(num_shards=_SHARDS).shuffle(seed=SEED, buffer_size=_BUFFER_ROWS)
             rows = rows.batch(BATCH_ROWS)
-            order = None
             self.state, self.load = rows.state_dict, rows.load_state_dict
         self._rows = rows
         self._epochs = 0
-        self._batches = DataLoader(rows, None, sampler=order, num_workers=job.workers, collate_fn=self._batch)
+        self._batches = DataLoader(rows, None, sampler=order, num_workers=job.workers, collate_fn=_batch)
 
     def epoch(self) -> Iterator[Batch]:
+        if isinstance(self._rows, datasets.IterableDataset):
+            self._rows.set_epoch(self._epochs)
+            self._epochs += 1
         return iter(self._batches)
 
-    def _batch(self, table: pa.Table) -> Batch:
-        raise NotImplementedError
+
+def _batch(table: pa.Table) -> Batch:
+    """One contiguous column; of the iterable data set it is a list of rows in a single row."""
+    columns = {name: table.column(name).combine_chunks() for name in table.column_names}
+    if pa.types.is_list(table.schema.field(-1).type):
+        columns = {name: column.flatten() for name, column in columns.items()}
+    if "tokens" in columns:
+        return Batch(wrapped(columns["tokens"].flatten().to_numpy()).view(-1, ROW_TOKENS))
+    column = columns["payload"]
+    ends = np.frombuffer(column.buffers()[1], np.int32)[column.offset : column.offset + len(column) + 1]
+    offsets = torch.from_numpy((ends - ends[0]).astype(np.int64))
+    values = np.frombuffer(column.buffers()[2], np.uint8)[ends[0] : ends[-1]]
+    return Batch(wrapped(values), offsets, wrapped(columns["kind"].to_numpy()) if "kind" in columns else None)
 
 
 if __name__ == "__main__":

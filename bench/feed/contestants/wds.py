@@ -20,7 +20,7 @@ _BUFFER_ROWS = 5000
 
 def prepare(job: Job) -> None:
     pattern = str(job.data / "shard-%06d.tar")
-    with webdataset.ShardWriter(pattern, maxsize=64e6, maxcount=10**9, verbose=0) as writer:
+    with webdataset.ShardWriter(pattern, maxsize=64e6, maxcount=10**9, verbose=0, mtime=0) as writer:
         for piece in pieces(job.workload, job.rows):
             for i, (kind, row) in enumerate(piece.each(), piece.first):
                 ending = KINDS[kind] if job.workload == "mix" else "row"

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from millrace.catalog.checkpoint_depot import Depot
+from millrace.catalog.checkpoint_manifest import check_name
 from millrace.catalog.checkpoint_parts import read_part
-from millrace.catalog.checkpoint_survey import Known, read_manifest, survey
+from millrace.catalog.checkpoint_survey import Known, read_manifest, records_of, survey
 from millrace.client.tree import Info, Part, directory
-from millrace.core.errors import Unavailable
+from millrace.core.errors import Unavailable, UsageError
 from millrace.core.facts import CheckpointFile, CheckpointManifest
 from millrace.core.model import Digest
-from millrace.core.ports import Coordination
+from millrace.core.spec import Placement
 
-__all__ = ["ROOT", "Checkpoints"]
+__all__ = ["ROOT", "CheckpointTree"]
 
 ROOT: Final = "checkpoints"
 """The first part of every path here. A dataset of that name is reached as ``checkpoints@1``."""
 
 _MANIFESTS_KEPT: Final = 16
-_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _STEP: Final = re.compile(r"0|[1-9][0-9]{0,10}")
 
 
@@ -43,20 +42,18 @@ class _Opened:
     folders: frozenset[str]
 
 
-class Checkpoints:
+class CheckpointTree:
     """Every series a directory, its steps directories in it, and in these the files that were saved.
 
     A step is the checkpoint that it was when it was first asked for, until :meth:`forget`, so that a reader gets all
     files of one, whatever is saved meanwhile.
 
     Args:
-        coord: Where records are.
-        depot: Opens the checkpoints of one name.
+        depot: The checkpoints of any name; others are asked for as this one with their names.
     """
 
-    def __init__(self, coord: Coordination, depot: Callable[[str], Depot]) -> None:
-        self._coord = coord
-        self._depot = depot
+    def __init__(self, depot: Depot) -> None:
+        self._any = depot
         self._opened: OrderedDict[tuple[str, str], _Opened] = OrderedDict()
 
     def forget(self) -> None:
@@ -69,7 +66,7 @@ class Checkpoints:
         if not parts:
             return directory(path)
         if len(parts) == 1:
-            await self._steps(parts[0])
+            await self._steps(await self._depot(parts[0]))
             return directory(path)
         opened = await self._open(parts[0], parts[1])
         inside = "/".join(parts[2:])
@@ -85,7 +82,7 @@ class Checkpoints:
         if not parts:
             return [directory(f"{path}/{name}") for name in await self._names()]
         if len(parts) == 1:
-            return [directory(f"{path}/{step}") for step in sorted(await self._steps(parts[0]))]
+            return [directory(f"{path}/{step}") for step in sorted(await self._steps(await self._depot(parts[0])))]
         info = await self.info(path)
         if info["type"] == "file":
             return [info]
@@ -110,40 +107,52 @@ class Checkpoints:
     async def _names(self) -> list[str]:
         names: list[str] = []
         after = ""
-        while page := await self._coord.list(f"{ROOT}/", after=after, limit=1):
+        while page := await self._any.coord.list(f"{ROOT}/", after=after, limit=1):
             names.append(page[0].key.split("/")[1])
             after = f"{ROOT}/{names[-1]}0"  # "0" follows "/": past all records of this name
         return names
 
-    async def _steps(self, name: str) -> dict[int, Known]:
+    async def _depot(self, name: str) -> Depot:
+        """The checkpoints of one name, under the policy of its newest."""
+        try:
+            depot = replace(self._any, name=check_name(name))
+        except UsageError as error:
+            raise FileNotFoundError(str(error)) from error
+        records = await records_of(depot)
+        if not records:
+            return depot
+        return replace(depot, policy=Placement.model_validate(records[max(records)].placement))
+
+    async def _steps(self, depot: Depot) -> dict[int, Known]:
         """The checkpoint that counts, of every step that a store lists or a record tells of.
 
         Raises:
             FileNotFoundError: there is none.
             Unavailable: that can't be told.
         """
-        if not _NAME.fullmatch(name):
-            raise FileNotFoundError(f"{name!r} is no name of checkpoints; see 'millrace checkpoints'")
-        found = await survey(self._depot(name), tolerant=True)
+        found = await survey(depot, tolerant=True)
         steps: dict[int, Known] = {}
         for known in found.known:
             steps.setdefault(known.step, known)
         if not steps and found.failed:
             why = "; ".join(f"{store}: {error}" for store, error in found.failed.items())
-            raise Unavailable(f"it can't be told whether there are checkpoints of {name}: {why}; bring the stores back")
+            raise Unavailable(
+                f"it can't be told whether there are checkpoints of {depot.name}: {why}; bring the stores back"
+            )
         if not steps:
-            raise FileNotFoundError(f"there are no checkpoints of {name!r}")
+            raise FileNotFoundError(f"there are no checkpoints of {depot.name!r}")
         return steps
 
     async def _open(self, name: str, step: str) -> _Opened:
         key = (name, step)
         opened = self._opened.get(key)
         if opened is None:
-            steps = await self._steps(name)
+            depot = await self._depot(name)
+            steps = await self._steps(depot)
             if not _STEP.fullmatch(step) or int(step) not in steps:
                 newest = ", ".join(str(s) for s in sorted(steps, reverse=True)[:12])
                 raise FileNotFoundError(f"{name} has no checkpoint of step {step}; the newest are {newest}")
-            depot, known = self._depot(name), steps[int(step)]
+            known = steps[int(step)]
             manifest = await read_manifest(depot, known, also=depot.readable())
             files = {file.path: file for file in manifest.files}
             opened = self._opened[key] = _Opened(depot, known, manifest, files, _folders(manifest))

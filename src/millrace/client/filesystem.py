@@ -1,7 +1,8 @@
 """``millrace://`` for ``fsspec``: what reads files through it reads datasets, verified, from any true replica.
 
-``millrace://`` lists the datasets, ``millrace://stdlib@3/`` the shards of a version in order, and
-``millrace://stdlib/`` those of the newest. Nothing can be written through it.
+``millrace://`` lists the datasets, ``millrace://stdlib@3/`` the shards of a version in order, ``millrace://stdlib/``
+those of the newest, and ``millrace://checkpoints/run-7/1200/`` the files of a checkpoint. Nothing can be written
+through it.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from typing import Any, ClassVar, Final, NoReturn, TypeVar
 from fsspec import AbstractFileSystem
 from fsspec.spec import make_instance
 
+from millrace.client.checkpoint_tree import ROOT, CheckpointTree
+from millrace.client.checkpoints import open_depot
 from millrace.client.session import Session, session_for
 from millrace.client.tree import Datasets, Info, Part, Shelf, Tree
 from millrace.core.errors import ReadOnly
+from millrace.core.spec import Placement
 from millrace.wiring.world import OpenWorld
 
 __all__ = ["KEPT_BYTES_MAX", "MillraceFile", "MillraceFileSystem"]
@@ -39,18 +43,19 @@ class _Mounted:
 
 
 def _mount(world: OpenWorld) -> _Mounted:
-    return _Mounted(Tree(Datasets(world), {}))
+    depot = open_depot(world, "any", Placement(replicas=1, min_clouds=1))  # open as long as the session is
+    return _Mounted(Tree(Datasets(world), {ROOT: CheckpointTree(depot)}))
 
 
 _mounted: weakref.WeakKeyDictionary[Session, _Mounted] = weakref.WeakKeyDictionary()
 
 
 class MillraceFileSystem(AbstractFileSystem):  # type: ignore[misc]
-    """Datasets as read-only files.
+    """Datasets and checkpoints as read-only files.
 
     A shard is fetched whole at the first read of it, from the nearest replica whose bytes are those that its SHA-256
-    names, and kept in memory: see :data:`KEPT_BYTES_MAX`. An instance may be used from several threads, and pickled;
-    a child that was forked makes one of its own.
+    names, and kept in memory: see :data:`KEPT_BYTES_MAX`. So are the files of checkpoints, large ones in parts. An
+    instance may be used from several threads, and pickled; a child that was forked makes one of its own.
 
     Args:
         world: The world file; None means ``$MILLRACE_WORLD``, or ``world.yaml`` in the working directory or above.
@@ -60,7 +65,7 @@ class MillraceFileSystem(AbstractFileSystem):  # type: ignore[misc]
         FileNotFoundError: (any method) there is no such dataset, version or file.
         ReadOnly: (any method that writes).
         UsageError, SpecError: (at the first use) there is no world file or it is wrong.
-        StoreError: (when reading) no whole replica of a shard is left; says why for each store.
+        StoreError: (when reading) no whole replica is left; says why for each store.
     """
 
     protocol: ClassVar[str] = "millrace"
@@ -87,12 +92,12 @@ class MillraceFileSystem(AbstractFileSystem):  # type: ignore[misc]
         return "/".join(part for part in str(super()._strip_protocol(path)).split("/") if part)
 
     def info(self, path: str, **kwargs: Any) -> Info:
-        """``name``, ``size``, ``type``, and of versions and shards ``digest`` and ``rows``."""
+        """``name``, ``size``, ``type``, of files ``digest``, and of versions and shards ``digest`` and ``rows``."""
         path = self._strip_protocol(path)
         return self._call(self._mount().tree.info(path))
 
     def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
-        """Datasets by name, or a version's shards in the dataset's order."""
+        """Datasets by name, a version's shards in the dataset's order, or what is in a folder of checkpoints."""
         path = self._strip_protocol(path)
         found = self._call(self._mount().tree.children(path))
         return found if detail else [info["name"] for info in found]
@@ -102,11 +107,11 @@ class MillraceFileSystem(AbstractFileSystem):  # type: ignore[misc]
         return self._type(path) is not None
 
     def isfile(self, path: str) -> bool:
-        """Whether it is a shard."""
+        """Whether it is a shard, or a file of a checkpoint."""
         return self._type(path) == "file"
 
     def isdir(self, path: str) -> bool:
-        """Whether it is the root, a dataset or a version."""
+        """Whether it is the root, a version, or a folder of checkpoints."""
         return self._type(path) == "directory"
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
@@ -117,7 +122,7 @@ class MillraceFileSystem(AbstractFileSystem):  # type: ignore[misc]
             return file.read(max(0, past - first))
 
     def invalidate_cache(self, path: str | None = None) -> None:
-        """Let names without a version mean the newest again, for all instances of this process with this world."""
+        """Look again at what names and steps mean now, for all instances of this process with this world."""
         super().invalidate_cache(path)
         if self._session is not None:
             self._call(_forget(self._mount()))
@@ -155,7 +160,7 @@ class MillraceFileSystem(AbstractFileSystem):  # type: ignore[misc]
     def _refuse(self, path: str, *args: Any, **kwargs: Any) -> NoReturn:
         raise ReadOnly(
             f"millrace://{self._strip_protocol(path)} can't be written: millrace:// is for reading; "
-            "versions are made by pipelines (millrace run) and removed with millrace rm",
+            "versions are made by millrace run and removed by millrace rm, checkpoints by millrace.checkpoints(name)",
             key=self._strip_protocol(path),
         )
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,8 @@ from millrace.feed.replicas import ReplicaReader
 from millrace.pipeline.adopted.decode import decode_block
 
 __all__ = ["VersionSource", "read_index"]
+
+T = TypeVar("T")
 
 _PAGES_KEPT: Final = 64
 """Replica pages in memory: about 1 MB each."""
@@ -61,7 +63,7 @@ class VersionSource:
 
     def name(self, block: int) -> str:
         """What the plain block is called in a cache: its own digest, and that of what else it was decoded with."""
-        digest = self.index.digests[block].tobytes().hex()
+        digest: str = self.index.digests[block].tobytes().hex()
         aux = self.index.aux.get(int(self.index.shards[block]))
         if self.index.encoding == "arrow" and aux is None:
             return digest
@@ -113,7 +115,9 @@ def _lies_in(batch: pa.RecordBatch, data: memoryview) -> bool:
     return all(start <= b.address <= start + len(data) - b.size for b in buffers)
 
 
-async def _once(kept, key, limit, make):  # type: ignore[no-untyped-def]
+async def _once(
+    kept: OrderedDict[int, asyncio.Future[T]], key: int, limit: int, make: Callable[[], Coroutine[Any, Any, T]]
+) -> T:
     """``make()`` once for all who ask for ``key`` at a time; the newest ``limit`` results are kept, failures aren't."""
     future = kept.get(key)
     if future is None:

@@ -143,7 +143,7 @@ class BlockPool:
         self.arena = Arena(4 * budget_bytes + 64 * largest + 2**28)
         self._slot = np.full(total, -1, np.int32)
         self._wanted = np.full(total, _NEVER, np.int64)  # the last span planned that needs the block
-        self._addresses = np.zeros((64, len(columns), 2), np.int64)
+        self._addresses = np.zeros((64, len(columns), 3), np.int64)
         self._spoilt = np.zeros(64, np.bool_)
         self._loaded: list[Loaded | None] = [None] * 64
         self._owner = np.full(64, -1, np.int64)
@@ -192,7 +192,7 @@ class BlockPool:
         return self._slot[blocks]
 
     def addresses(self, slots: npt.NDArray[np.int32]) -> Int64s:
-        """int64, shape (n, columns, 2): see ``columns.Gather.starts``."""
+        """int64, shape (n, columns, 3): see ``columns.Gather.starts``."""
         return self._addresses[slots]
 
     def spoilt(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
@@ -412,5 +412,5 @@ def _is_of_the_rows(error: MillraceError) -> bool:
 
 
 def _unreadable(columns: int, why: str) -> Loaded:
-    nothing = Bound(np.zeros((columns, 2), np.int64), {}, pa.record_batch({}))
+    nothing = Bound(np.zeros((columns, 3), np.int64), {}, pa.record_batch({}))
     return Loaded(None, nothing, why, hit=False)

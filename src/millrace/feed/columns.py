@@ -70,7 +70,8 @@ class Bound:
     """A block's columns, found in the arena.
 
     Attributes:
-        addresses: int64, shape (columns, 2): where values and where offsets (or bits) begin, as arena offsets.
+        addresses: int64, shape (columns, 3): where values, offsets (or bits) and, for text with nulls, validity begin,
+            as arena offsets; 0 where there is none.
         bad: Row to why it can't be given.
         batch: The block itself, for columns of Python values and for Arrow batches.
     """
@@ -145,7 +146,7 @@ def bind(batch: pa.RecordBatch, columns: Sequence[Column], arena: Arena) -> Boun
     Raises:
         Corrupt: a buffer lies elsewhere: the block was not plain.
     """
-    addresses = np.zeros((len(columns), 2), np.int64)
+    addresses = np.zeros((len(columns), 3), np.int64)
     bad: dict[int, str] = {}
     for i, column in enumerate(columns):
         array = batch.column(column.index)
@@ -155,7 +156,9 @@ def bind(batch: pa.RecordBatch, columns: Sequence[Column], arena: Arena) -> Boun
         if column.kind != "objects" and len(array):
             for row in _inner_nulls(array):
                 bad.setdefault(row, f"column {column.name!r} has a null inside of a value")
-            addresses[i] = _addresses(array, column, arena)
+            addresses[i, :2] = _addresses(array, column, arena)
+            if array.null_count and column.kind == "text":
+                addresses[i, 2] = _place(array.buffers()[0], arena)
             if array.null_count and column.null == "nan":
                 _fill_nan(array, column, arena, int(addresses[i, 0]))
     return Bound(addresses, bad, batch)
@@ -239,12 +242,12 @@ class Gather:
         """For each column, where each of many rows lies; what :meth:`column` takes slices of.
 
         Args:
-            addresses: Shape (rows, columns, 2): of each row's block.
+            addresses: Shape (rows, columns, 3): of each row's block.
             rows: Each row's place in its block.
 
         Returns:
-            For fixed columns offsets of the values, shape (rows,); for ragged ones begin and end, shape (rows, 2);
-            for bits the number of the bit.
+            For fixed columns offsets of the values, shape (rows,); for ragged ones begin and end, shape (rows, 2),
+            -1 for a null; for bits the number of the bit.
         """
         found: list[Int64s] = []
         for i, column in enumerate(self.columns):
@@ -258,6 +261,8 @@ class Gather:
                 at = offsets + rows * width
                 ends = np.stack([table[at], table[at + width]], axis=1).astype(np.int64)
                 found.append(values[:, None] + ends * column.dtype.itemsize)
+                if column.kind == "text":
+                    self._mark_nulls(found[-1], addresses[:, i, 2], rows)
             else:
                 found.append(rows)
         return found
@@ -280,10 +285,15 @@ class Gather:
             return self._ragged(column, starts)
         if column.kind == "text":
             memory = self._memory
-            return [str(memory[a:b], "utf-8") for a, b in starts.tolist()]
+            return [None if a < 0 else str(memory[a:b], "utf-8") for a, b in starts.tolist()]
         if batches is None:
             raise UsageError(f"column {column.name!r} is nested and can't be gathered without its blocks")
         return [b.column(column.index)[r].as_py() for b, r in zip(batches, starts.tolist(), strict=True)]
+
+    def _mark_nulls(self, starts: Int64s, validity: Int64s, rows: Int64s) -> None:
+        if validity.any():
+            bits = self._arena.bytes[validity + (rows >> 3)] >> (rows & 7).astype(np.uint8) & 1
+            starts[(validity > 0) & (bits == 0)] = -1
 
     def _ragged(self, column: Column, starts: Int64s) -> Ragged:
         lengths = starts[:, 1] - starts[:, 0]

@@ -221,8 +221,8 @@ class Loader:
                 self._place = Place(epoch, position)
                 self._account.given(span, b, position)
                 yield batch
+            planner.look_ahead()  # before blocks are let go of: the next span may need them too
             self._assembler.done(span)
-            planner.look_ahead()
 
     def _set_aside(self, span: Span, i: int, reason: str) -> None:
         self._account.set_aside(span, i, reason)

@@ -264,7 +264,7 @@ class _Read:
 
     def _judge(self, attempt: Attempt, now_s: float) -> None:
         source = attempt.source
-        if attempt.began_s is None and attempt.left_since:
+        if attempt.began_s is None and attempt.left_since and source.standing.cause != "late":
             self._live.remove(attempt)  # it stood in line, and the store was left meanwhile: ask it last
             self._drop(attempt)
             self._queue.append(source)
@@ -285,14 +285,14 @@ class _Read:
             what = "stalled" if attempt.quiet else "answers others but not this read"
             cause = f"store {source.name} {what}: nothing of shard {self._extent.shard[:12]} came in {waited_s:.2f} s"
             self._unsaid.append(("failover", source.name, "stall", cause, waited_s))
-        elif not attempt.judged_late and waited_s >= self._late_s(attempt):
-            attempt.judged_late = True
-            free = not attempt.trusted or attempt.left_since
-            if self._queue and (free or self._sources.may_hedge()):
+        elif not attempt.overdue and waited_s >= self._late_s(attempt):
+            free = not attempt.trusted or (attempt.left_since and attempt.quiet)
+            if self._queue and (free or (not attempt.judged_late and self._sources.may_hedge())):
                 attempt.overdue = True
                 source.hedges += 1
                 cause = f"store {source.name} is late with shard {self._extent.shard[:12]}: {waited_s:.2f} s so far"
                 self._unsaid.append(("hedge", source.name, "late", cause, waited_s))
+            attempt.judged_late = True
 
     def _say(self) -> None:
         """Tell what went wrong, now that it is known who is read instead. What ends the read, its error tells."""

@@ -82,7 +82,7 @@ class Source:
         self.told = False
         """Somebody was told that it is left, and is to be told when it is back."""
         self.bells: set[asyncio.Event] = set()
-        """Of the reads that wait for it: rung when it is found to have stalled."""
+        """Of the reads that wait for it: rung when it is left."""
         self.bytes_useful = self.bytes_wasted = self.reads = self.failures = self.hedges = 0
         self.seconds = 0.0
         self._distance = distance
@@ -273,9 +273,8 @@ class Sources:
         source.standing = put_aside(
             source.standing, self.plan, cause, episode=episode, now_s=now_s, dice=self._rng.random(), first_s=first_s
         )
-        if cause == "stall":
-            for bell in source.bells:
-                bell.set()
+        for bell in source.bells:
+            bell.set()
 
     def trust(self, source: Source, episode: int) -> None:
         """A store gave what it was asked for in a call that began in ``episode``."""

@@ -58,11 +58,14 @@ def decode_arrow(schema: pa.Schema, aux: memoryview | None, data: memoryview, of
     Raises:
         ValueError, OSError, pa.ArrowException: it can't be decoded.
     """
-    if aux is None:
-        batch = pa.ipc.read_record_batch(pa.py_buffer(data), schema)
-    else:
-        with pa.ipc.open_stream(pa.PythonFile(Joined((aux, data, memoryview(_END))), mode="r")) as reader:
-            batch = reader.read_next_batch()
+    try:
+        if aux is None:
+            batch = pa.ipc.read_record_batch(pa.py_buffer(data), schema)
+        else:
+            with pa.ipc.open_stream(pa.PythonFile(Joined((aux, data, memoryview(_END))), mode="r")) as reader:
+                batch = reader.read_next_batch()
+    except (EOFError, StopIteration) as err:
+        raise ValueError("there is no record batch") from err
     batch.validate()
     return require_rows(conform(batch, schema), rows, schema)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,9 +55,10 @@ def index_parquet(subject: Subject) -> FileIndex:
     with decoding(obj, WHAT):
         metadata = pq.read_metadata(pa.BufferReader(footer))
         schema = plain_schema(metadata.schema.to_arrow_schema(), obj)
-        groups = [g for g in _groups(metadata) if g.rows]
     if not schema.names:
         raise not_adoptable(obj, "has no columns")
+    with decoding(obj, WHAT):
+        groups = [g for g in _groups(metadata) if g.rows]
     _require_apart(groups, at, obj)
     blocks: dict[int, Block] = {}
     for group in sorted(groups, key=lambda g: g.start):
@@ -120,7 +122,39 @@ def _footer_of(file: RangedFile) -> tuple[int, memoryview]:
     return size - 8 - length, file.span(size - 8 - length, length + 8)
 
 
+class _NotReadError(Exception):
+    """Stops a trial before it reads anything."""
+
+
+class _Unread(Window):
+    """A file that has a length and gives no byte."""
+
+    def __init__(self) -> None:
+        super().__init__(memoryview(b""), 1 << 62)
+
+    def read(self, n: int = -1) -> pa.Buffer:
+        """Refused."""
+        raise _NotReadError
+
+
+def _try(metadata: pq.FileMetaData) -> None:
+    """Have Arrow look at all that a footer says, up to the first read.
+
+    Asking for a column of a footer that contradicts itself ends the process, since that error is not one pyarrow
+    expects there. On the way to a read the same error is an exception.
+
+    Raises:
+        OSError, pa.ArrowException: the footer contradicts itself.
+    """
+    reader = pq.ParquetFile(
+        pa.PythonFile(_Unread(), mode="r"), metadata=metadata, pre_buffer=True, arrow_extensions_enabled=False
+    )
+    with contextlib.suppress(_NotReadError):
+        reader.read_row_groups(range(metadata.num_row_groups), use_threads=False)
+
+
 def _groups(metadata: pq.FileMetaData) -> list[_Group]:
+    _try(metadata)
     groups = []
     for i in range(metadata.num_row_groups):
         group = metadata.row_group(i)
