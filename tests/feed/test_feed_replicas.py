@@ -247,6 +247,58 @@ def test_a_probe_that_fails_leaves_it_for_longer() -> None:
     play(main)
 
 
+def test_a_probe_ends_with_its_time_its_read_or_its_reader() -> None:
+    async def main() -> None:
+        stores = await scripted("a", "b")
+        stores["a"].act = failing(Unavailable("down", store="a"))
+        setup = Setup(stores, HedgePlan(first_s=20.0, stall_s=0.05))
+        await setup.read()
+        stores["a"].act = stalls
+
+        setup.clock.ahead_s += 2.0
+        await setup.read()
+        while stores["a"].inside or not stores["a"].cancelled:
+            await asyncio.sleep(0.01)  # it stalled: given up after its time
+        await setup.read()
+        assert stores["a"].calls == 2
+
+        setup.clock.ahead_s += 100.0
+        stores["b"].act = stalls
+        reading = asyncio.create_task(setup.read())
+        while not stores["b"].inside:
+            await asyncio.sleep(0)
+        reading.cancel()
+        await asyncio.wait([reading])
+        assert (stores["a"].calls, stores["a"].inside, stores["b"].inside) == (3, 0, 0)
+
+        setup.clock.ahead_s += 100.0
+        stores["b"].act = None
+        await setup.read()
+        assert stores["a"].calls == 4
+        await setup.reader.aclose()
+        assert stores["a"].inside == 0
+
+    play(main)
+
+
+def test_a_probe_finds_rot_as_a_read_does() -> None:
+    async def main() -> None:
+        stores = await scripted("a", "b")
+        stores["a"].act = failing(Unavailable("down", store="a"))
+        setup = Setup(stores, PATIENT)
+        await setup.read()
+        stores["a"].act, stores["a"].spoil = None, flipped
+        setup.clock.ahead_s += 2.0
+        await setup.read()
+        await setup.reader.aclose()
+        assert f"store a holds shard {SHARD[:12]} rotten" in setup.told_of("a")[-1]
+        setup.clock.ahead_s += 1000.0
+        await setup.read()
+        assert stores["a"].calls == 2
+
+    play(main)
+
+
 def test_all_of_them_left_are_tried_all_the_same() -> None:
     async def main() -> None:
         stores = await scripted("a", "b")

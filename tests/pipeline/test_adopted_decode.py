@@ -178,7 +178,8 @@ def test_parquet_of_no_rows() -> None:
 
 
 def plain(rows: int = 1000) -> list[pa.RecordBatch]:
-    return mixed(rows).drop_columns(["kind"]).to_batches(max_chunksize=130)
+    batches: list[pa.RecordBatch] = mixed(rows).drop_columns(["kind"]).to_batches(max_chunksize=130)
+    return batches
 
 
 @pytest.mark.parametrize("compression", [None, "lz4", "zstd"])
@@ -279,7 +280,7 @@ def test_mds_arrays_without_a_shape() -> None:
     )
 
 
-def mds(columns: dict[str, tuple[str, int | None]], rows: Sequence[Sequence[bytes]], **config: Any) -> bytes:
+def mds(columns: Mapping[str, tuple[str, int | None]], rows: Sequence[Sequence[bytes]], **config: Any) -> bytes:
     """An MDS shard, written by hand from encoded values."""
     text = json.dumps(
         {

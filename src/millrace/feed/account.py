@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,10 +16,24 @@ from millrace.feed.spans import Span
 from millrace.feed.state import Place
 from millrace.feed.tally import RowTally
 
-__all__ = ["Account"]
+__all__ = ["Account", "Part", "check_quarantine"]
 
 _ALWAYS = 10
 """Rows that may be set aside however small the epoch is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What was given between two moments.
+
+    Attributes:
+        rows, digest: How many rows, and their digest; see ``tally.RowTally``.
+        quarantined: Those between them that can't be given.
+    """
+
+    rows: int
+    digest: str
+    quarantined: tuple[QuarantinedRow, ...]
 
 
 class Account:
@@ -46,6 +61,8 @@ class Account:
         self._clock = clock
         self._events = events
         self._tally = RowTally()
+        self._untaken = RowTally()  # of what take_part() has not given yet
+        self._taken: set[QuarantinedRow] = set()
         self._quarantined: set[QuarantinedRow] = set()
         self._span: Span | None = None
         self._counted = self._given = 0
@@ -72,11 +89,15 @@ class Account:
         self._quarantined.add(QuarantinedRow(int(span.positions[i]), version, row, reason))
         sentence = f"row {row} of {self._recipe.labels[stream]} is set aside: {reason}"
         self._events.append(FeedEvent("quarantine", sentence, self._clock.now_ms()))
-        if len(self._quarantined) > max(self._recipe.quarantine * self._total, _ALWAYS):
-            raise QuarantineExceeded(
-                f"{len(self._quarantined)} rows of epoch {self._epoch} can't be given, more than quarantine="
-                f"{self._recipe.quarantine:g} allows; the newest: {sentence}"
-            )
+        check_quarantine(self._recipe, self._epoch, self._total, len(self._quarantined), sentence)
+
+    def take_part(self) -> Part:
+        """What was given since this was last asked."""
+        self._count()
+        tally, self._untaken = self._untaken, RowTally()
+        new = {q for q in self._quarantined - self._taken if q.position < self._end} if self._quarantined else set()
+        self._taken |= new
+        return Part(tally.rows, tally.hexdigest(), tuple(sorted(new)))
 
     def receipt(self, traffic: Sequence[Traffic]) -> Receipt:
         """What was given so far."""
@@ -101,5 +122,21 @@ class Account:
         if span is None or a == b:
             return
         kept = a + np.flatnonzero(span.given[a:b])
-        self._tally.add(span.positions[kept], span.stream[kept], span.ids[kept])
+        new = RowTally()
+        new.add(span.positions[kept], span.stream[kept], span.ids[kept])
+        self._tally.merge(new)
+        self._untaken.merge(new)
         self._counted = b
+
+
+def check_quarantine(recipe: Recipe, epoch: int, total: int, count: int, newest: str) -> None:
+    """Whether ``count`` rows of an epoch of ``total`` may be set aside.
+
+    Raises:
+        QuarantineExceeded: these are too many.
+    """
+    if count > max(recipe.quarantine * total, _ALWAYS):
+        raise QuarantineExceeded(
+            f"{count} rows of epoch {epoch} can't be given, more than quarantine={recipe.quarantine:g} allows; "
+            f"the newest: {newest}"
+        )

@@ -29,10 +29,12 @@ class Found:
     Attributes:
         starts: For each column where its rows lie; see ``columns.Gather.starts``.
         slots: Each row's block, by its place in the pool.
+        whole: Whether all of its rows can be given, as far as is known before decoding.
     """
 
     starts: Sequence[Int64s]
     slots: npt.NDArray[np.int32]
+    whole: bool
 
 
 class Assembler:
@@ -65,16 +67,16 @@ class Assembler:
                 reason = loaded.failed or loaded.bound.bad.get(int(span.row[i]))
                 if reason is not None:
                     self._set_aside(span, i, reason)
-        return Found(self._gather.starts(self._pool.addresses(slots), span.row), slots)
+        starts = self._gather.starts(self._pool.addresses(slots), span.row)
+        return Found(starts, slots, bool(span.given.all()))
 
     def batch(self, span: Span, found: Found, a: int, b: int) -> Any:
         """Rows ``[a, b)`` of the span, as the user gets them."""
-        given = span.given[a:b]
-        kept: slice | Int64s = slice(a, b) if given.all() else a + np.flatnonzero(given)
+        kept: slice | Int64s = slice(a, b) if found.whole else a + np.flatnonzero(span.given[a:b])
         if self._recipe.finish is None:
             return self._arrow(found.slots[kept], span.row[kept])
         if self._recipe.decode:
-            return self._recipe.finish(self._decoded(span, found, np.arange(a, b)[given]))
+            return self._recipe.finish(self._decoded(span, found, np.arange(a, b)[span.given[a:b]]))
         in_place = self._recipe.in_place and isinstance(kept, slice) and _lies_together(span, a, b)
         columns = {}
         for i, column in enumerate(self._recipe.columns):

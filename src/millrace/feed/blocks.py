@@ -189,15 +189,15 @@ class BlockPool:
 
     def slots(self, blocks: Int64s) -> npt.NDArray[np.int32]:
         """Where loaded blocks stand in :meth:`addresses`."""
-        return self._slot[blocks]
+        return self._slot.take(blocks)
 
     def addresses(self, slots: npt.NDArray[np.int32]) -> Int64s:
         """int64, shape (n, columns, 3): see ``columns.Gather.starts``."""
-        return self._addresses[slots]
+        return self._addresses.take(slots, axis=0)
 
     def spoilt(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
         """Which of these blocks have rows that can't be given."""
-        return self._spoilt[slots]
+        return self._spoilt.take(slots)
 
     def loaded(self, slot: int) -> Loaded:
         """A block in memory."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from millrace.core.errors import UsageError
 from millrace.core.ports import Clock
-from millrace.feed.account import Account
+from millrace.feed.account import Account, Part
 from millrace.feed.assemble import Assembler
 from millrace.feed.background import Background
 from millrace.feed.blocks import BlockPool, LocalBlocks
@@ -185,15 +185,30 @@ class Loader:
         self.close()
 
     def __iter__(self) -> Iterator[Any]:
+        return self.part_of(0, 1)
+
+    def part_of(self, worker: int, workers: int) -> Iterator[Any]:
+        """One loop over some of the steps that are left of the epoch: what one of several workers makes of them.
+
+        Between batches the loader stands behind the step that it gave last; at the end, at that of the epoch.
+
+        Args:
+            worker: Which: its steps are the ``worker``-th from here (from 0), and every ``workers``-th from there.
+            workers: How many there are.
+        """
         self._background.check_process()
         self._check_open()
         place = self._next_place()
         if place != self._place:
             self._move(place)
         self._running += 1
-        return self._batches(self._running)
+        return self._batches(self._running, worker, workers)
 
-    def _batches(self, mine: int) -> Iterator[Any]:
+    def take_part(self) -> Part:
+        """What was given since this was last asked, or since the epoch was taken up: a part of a receipt."""
+        return self._account.take_part()
+
+    def _batches(self, mine: int, worker: int, workers: int) -> Iterator[Any]:
         epoch = self._place.epoch
         order = self._order(epoch)
         end = self._end(order)
@@ -202,9 +217,10 @@ class Loader:
             order,
             self.recipe.sharing,
             self._pool,
-            first_step=-(-self._place.position // size),
+            first_step=-(-self._place.position // size) + worker,
+            stride=workers,
             number=self._next_span,
-            span_rows=self.recipe.window_rows // 8,
+            span_rows=self.recipe.window_rows // 8 // workers,
         )
         while (span := planner.take()) is not None:
             self._next_span = span.number + 1
@@ -217,12 +233,14 @@ class Loader:
                     )
                 a, b = int(span.bounds[step]), int(span.bounds[step + 1])
                 batch = self._assembler.batch(span, found, a, b)
-                position = min((span.first_step + step + 1) * size, end)
+                position = min((span.first_step + step * workers + 1) * size, end)
                 self._place = Place(epoch, position)
                 self._account.given(span, b, position)
                 yield batch
             planner.look_ahead()  # before blocks are let go of: the next span may need them too
             self._assembler.done(span)
+        if workers > 1 and mine == self._running:
+            self._place = Place(epoch, end)
 
     def _set_aside(self, span: Span, i: int, reason: str) -> None:
         self._account.set_aside(span, i, reason)

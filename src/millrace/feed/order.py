@@ -32,6 +32,7 @@ __all__ = [
     "OrderPlan",
     "Shuffle",
     "fingerprint_of",
+    "lanes_of",
     "parse_shuffle",
     "plan_order",
 ]
@@ -205,6 +206,21 @@ def fingerprint_of(**parts: object) -> str:
     return digest_of(json.dumps({"order": ORDER_VERSION, **parts}, sort_keys=True).encode())
 
 
+def lanes_of(positions: Int64s, rows: int, lanes: int) -> tuple[Int64s, Int64s]:
+    """Index in its lane, and lane, of each position: int64, shape (n,) each.
+
+    Raises:
+        IndexError: a position is not in [0, rows).
+    """
+    # As unsigned words negative positions are beyond every end.
+    if len(positions) and int(positions.view(np.uint64).max()) >= rows:
+        raise IndexError(f"positions are 0 to {rows - 1}, not {int(positions.min())} to {int(positions.max())}")
+    if lanes & (lanes - 1) == 0:
+        return positions >> (lanes.bit_length() - 1), positions & (lanes - 1)
+    index = positions // lanes
+    return index, positions - index * lanes
+
+
 @dataclass(frozen=True, slots=True)
 class _Steps:
     """Finds the interval that a number lies in, among many sorted ones, in about constant time.
@@ -339,12 +355,8 @@ class EpochOrder:
         lanes = self._plan.lanes
         for start in range(0, len(positions), SPAN):
             span = slice(start, start + SPAN)
-            some = positions[span]
-            # As unsigned words negative positions are beyond every end.
-            if int(some.view(np.uint64).max()) >= self._rows:
-                raise IndexError(f"positions are 0 to {self._rows - 1}, not {int(some.min())} to {int(some.max())}")
-            index, lane = (some, None) if lanes == 1 else _divide(some, lanes)
-            blocks[span], rows[span] = self._find(index if lane is None else self._lane_starts.take(lane) + index)
+            index, lane = lanes_of(positions[span], self._rows, self._plan.lanes)
+            blocks[span], rows[span] = self._find(index if lanes == 1 else self._lane_starts.take(lane) + index)
         return Located(np.full(len(positions), self._stream, np.int32), blocks, rows)
 
     def locate_in_lane(self, lane: Int64s, index: Int64s) -> tuple[Int64s, Int64s]:
@@ -402,13 +414,6 @@ def _even_cut(rows: int, lanes: int) -> Int64s:
     each, more = divmod(rows, lanes)
     lane = np.arange(lanes + 1, dtype=np.int64)
     return lane * each + np.minimum(lane, more)
-
-
-def _divide(positions: Int64s, lanes: int) -> tuple[Int64s, Int64s]:
-    if lanes & (lanes - 1) == 0:
-        return positions >> (lanes.bit_length() - 1), positions & (lanes - 1)
-    index = positions // lanes
-    return index, positions - index * lanes
 
 
 def _phases(lanes: int, window: int) -> Int64s:

@@ -23,7 +23,7 @@ _AHEAD_ROWS: Final = 65_536
 
 @dataclass(slots=True)
 class Span:
-    """Consecutive steps of one rank.
+    """Steps of one rank, one after the other; so many apart as the planner's ``stride`` says.
 
     Attributes:
         number: Grows from span to span, over epochs too.
@@ -59,6 +59,7 @@ class Planner:
         sharing: Which rows of each step are this rank's.
         pool: Is told which blocks come.
         first_step: Where to begin.
+        stride: From each step that is planned to the next: more than 1 where several workers share a rank's steps.
         number: The first span's.
         span_rows: At most, and never over 4,096; fewer where shuffle windows are small, so that a span doesn't need
             two of each.
@@ -73,11 +74,13 @@ class Planner:
         first_step: int,
         number: int,
         span_rows: int,
+        stride: int = 1,
     ) -> None:
         self._order = order
         self._sharing = sharing
         self._pool = pool
         self._next = first_step
+        self._stride = stride
         self._steps = sharing.steps(order.rows)
         self._number = number
         self._rows_a_step = max(-(-sharing.batch_size * sharing.replication // sharing.world_size), 1)
@@ -103,11 +106,11 @@ class Planner:
                 self._plan()
 
     def _plan(self) -> None:
-        steps = min(self._span_steps, self._steps - self._next)
+        steps = min(self._span_steps, -((self._next - self._steps) // self._stride))
         if steps <= 0:
             return
         self._span_steps = min(self._span_steps * 4, self._span_steps_max)
-        positions, bounds = self._sharing.positions(self._next, steps, rows=self._order.rows, lanes=self._order.lanes)
+        positions, bounds = self._positions(steps)
         found = self._order.locate(positions)
         blocks = found.block if len(self._pool.first) == 2 else self._pool.first[found.stream] + found.block
         ids = self._pool.first_rows[blocks] + found.row
@@ -125,5 +128,17 @@ class Planner:
         self._pool.want(blocks, span.number)
         self._planned.append(span)
         self._ahead += len(positions)
-        self._next += steps
+        self._next += steps * self._stride
         self._number += 1
+
+    def _positions(self, steps: int) -> tuple[Int64s, Int64s]:
+        """Of ``steps`` steps from the next one on; see ``Sharing.positions``."""
+        all_steps = (steps - 1) * self._stride + 1
+        positions, bounds = self._sharing.positions(
+            self._next, all_steps, rows=self._order.rows, lanes=self._order.lanes
+        )
+        if self._stride == 1:
+            return positions, bounds
+        begins, ends = bounds[:-1][:: self._stride], bounds[1:][:: self._stride]
+        kept = np.concatenate([[0], np.cumsum(ends - begins)]).astype(np.int64)
+        return positions[np.arange(kept[-1]) + np.repeat(begins - kept[:-1], ends - begins)], kept

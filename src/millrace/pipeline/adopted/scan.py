@@ -25,6 +25,8 @@ BLOCK_BYTES_MAX: Final = 2**31 - 2**20
 """No block may be longer: a column of one record batch holds at most 2 GiB of text or bytes."""
 
 _WINDOW: Final = 32_000_000
+_HASH_BYTES: Final = 1 << 20
+"""Hashed at a time; members of a tar may be far smaller than what a call costs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +116,12 @@ class Scan:
     def settle(self, offset: int) -> None:
         """What lies before ``offset`` belongs to the part being cut, so it need not be held."""
         self._settled = max(self._settled, offset)
-        self._go_to(self.at)
 
     def cut(self, end: int) -> Part:
         """End the part at ``end``, which is not before anything that was settled; the next part begins there."""
         self.settle(end)
         self.skip(end - self.at)
+        self._hash_to(end)
         data = self._kept[0] if len(self._kept) == 1 else memoryview(b"".join(self._kept))
         part = Part(self._cut, end - self._cut, Digest(self._blake.hexdigest()), data)
         self._blake, self._kept, self._cut = blake3(), [], end
@@ -150,13 +152,16 @@ class Scan:
     def _go_to(self, at: int) -> None:
         self.at = at
         upto = min(self._settled, at)
-        if upto > self._hashed:
-            for piece in self._pieces(self._hashed, upto):
-                self._blake.update(piece)
-                if self.keep:
-                    self._kept.append(piece)
-            self._hashed = upto
-        while self._windows and self._windows[0][0] + len(self._windows[0][1]) <= self._hashed:
+        if upto - self._hashed >= _HASH_BYTES:
+            self._hash_to(upto)
+
+    def _hash_to(self, upto: int) -> None:
+        for piece in self._pieces(self._hashed, upto):
+            self._blake.update(piece)
+            if self.keep:
+                self._kept.append(piece)
+        self._hashed = upto
+        while self._windows and self._windows[0][0] + len(self._windows[0][1]) <= upto:
             self._windows.popleft()
 
     def _pieces(self, start: int, end: int) -> list[memoryview]:
