@@ -28,6 +28,7 @@ from typer.main import get_command
 
 import millrace.cli.catalog
 import millrace.cli.demo
+import millrace.cli.feed
 import millrace.cli.init
 import millrace.cli.runs
 from millrace.cli.app import app

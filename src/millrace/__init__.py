@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from millrace.client.checkpoints import checkpoints as checkpoints
     from millrace.client.dataset import Dataset as Dataset
     from millrace.client.dataset import open_dataset as open
+    from millrace.client.mix import mix as mix
     from millrace.core.errors import MillraceError as MillraceError
     from millrace.feed.columns import Ragged as Ragged
     from millrace.feed.loader import Loader as Loader

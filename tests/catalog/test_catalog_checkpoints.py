@@ -15,6 +15,8 @@ import pytest
 from millrace.catalog.checkpoint_depot import LOCAL, gripped
 from millrace.catalog.checkpoint_manifest import encode_manifest, identity, key_of, parts_of
 from millrace.catalog.checkpoint_restore import kept_folder, restore
+from millrace.catalog.checkpoint_retention import Keep
+from millrace.catalog.checkpoint_save import Saving
 from millrace.catalog.checkpoint_whole import at_step
 from millrace.catalog.checkpoints import check_policy, list_checkpoints, pin, verify_checkpoints
 from millrace.catalog.gc import collect
@@ -381,7 +383,7 @@ def test_saving_goes_on_while_no_store_answers_and_wait_names_them(yard: Yard) -
             store.down = True
         async with yard.series() as series:
             manifest = await yard.save(5, ONE)
-            await series.save(importlib.import_module("checkpoint_scene").Saving(5, yard.state(ONE)))
+            await series.save(Saving(5, yard.state(ONE)))
             with pytest.raises(Unavailable) as caught:
                 await series.wait()
             assert caught.value.store == "aws,az,gcp,ibm"
@@ -405,7 +407,7 @@ def test_where_a_store_fails_another_takes_its_place(yard: Yard) -> None:
             usual = [n for n in await yard.holders(await yard.replicated(series, 1, ONE)) if n != LOCAL]
             yard.scene.stores[usual[0]].read_only = True
             manifest = await yard.save(2, TWO)
-            await series.save(importlib.import_module("checkpoint_scene").Saving(2, yard.state(TWO)))
+            await series.save(Saving(2, yard.state(TWO)))
             (done,) = await series.wait(2)
         assert set(done.failed) == {usual[0]}
         assert "ReadOnly" in done.failed[usual[0]]
@@ -421,7 +423,7 @@ def test_a_policy_that_cannot_be_met_now_is_met_as_far_as_it_can(yard: Yard) -> 
         for name in ("aws", "gcp", "az"):
             yard.scene.stores[name].down = True
         async with yard.series() as series:
-            await series.save(importlib.import_module("checkpoint_scene").Saving(5, yard.state(ONE)))
+            await series.save(Saving(5, yard.state(ONE)))
             with pytest.raises(Unavailable, match="1 of 2 replicas are made"):
                 await series.wait()
         await yard.lose_machine()
@@ -542,10 +544,10 @@ def test_under_faults_of_every_kind_what_is_found_is_true(yard: Yard, seed: int)
         wild: Any = {n: Fault(s, name=n, plan=FaultPlan(rates), rng=dice) for n, s in clean.items()}
         saved: dict[int, dict[str, bytes]] = {}
         yard.scene.stores = wild
-        async with yard.series(importlib.import_module("checkpoint_scene").Keep(2)) as series:
+        async with yard.series(Keep(last=2)) as series:
             for step in range(1, 6):
                 saved[step] = {"a": dice.randbytes(2500), "b": b"same"}
-                await series.save(importlib.import_module("checkpoint_scene").Saving(step, yard.state(saved[step])))
+                await series.save(Saving(step, yard.state(saved[step])))
                 for _ in range(3):
                     await asyncio.gather(series.wait(), return_exceptions=True)
         yard.scene.stores = clean

@@ -251,7 +251,7 @@ def test_a_probe_ends_with_its_time_its_read_or_its_reader() -> None:
     async def main() -> None:
         stores = await scripted("a", "b")
         stores["a"].act = failing(Unavailable("down", store="a"))
-        setup = Setup(stores, HedgePlan(first_s=20.0, stall_s=0.05))
+        setup = Setup(stores, HedgePlan(first_s=20.0, stall_s=0.2))
         await setup.read()
         stores["a"].act = stalls
 

@@ -233,7 +233,7 @@ class Dataset:
             rng=random.Random(),  # noqa: S311  (jitter, not a secret)
             on_event=self.events.append,
         )
-        return _Opened(opened, index, VersionSource(opened, index, reader), reader)
+        return _Opened(opened, index, VersionSource(opened, index, reader, self._session.background), reader)
 
     async def _claim(self, record: VersionRecord) -> None:
         self._closing = asyncio.Event()

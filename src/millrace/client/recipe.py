@@ -16,6 +16,7 @@ from millrace.core.errors import UsageError
 from millrace.core.units import format_bytes, parse_share, parse_size
 from millrace.feed.columns import columns_of
 from millrace.feed.loader import Loader
+from millrace.feed.mixing import MixedOrder, Stage, Stream, plan_streams, quotas
 from millrace.feed.order import ORDER_VERSION, EpochOrder, Order, OrderPlan, Shuffle, parse_shuffle, plan_order
 from millrace.feed.receipt import Traffic
 from millrace.feed.recipe import Recipe
@@ -24,7 +25,6 @@ from millrace.wiring.surroundings import rank_and_world
 
 if TYPE_CHECKING:
     from millrace.client.dataset import Dataset
-    from millrace.feed.mixing import Stage
 
 __all__ = ["LoaderOptions", "build_loader"]
 
@@ -54,19 +54,13 @@ class LoaderOptions:
     pin_memory: bool
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """How streams are mixed.
-
-    Attributes:
-        stages: One after the other.
-    """
-
-    stages: tuple[Stage, ...]
-
-
-def build_loader(datasets: Sequence[Dataset], mixture: Mixture | None, options: LoaderOptions) -> Loader:
+def build_loader(datasets: Sequence[Dataset], stages: Sequence[Stage] | None, options: LoaderOptions) -> Loader:
     """A loader over one dataset, or over several that are mixed.
+
+    Args:
+        datasets: One, or the streams of a mixture.
+        stages: Of the mixture; None for one dataset by itself.
+        options: What the user asked for.
 
     Raises:
         UsageError: something doesn't fit; names it.
@@ -78,16 +72,8 @@ def build_loader(datasets: Sequence[Dataset], mixture: Mixture | None, options: 
     sharing = _sharing(options)
     finish = finish_for(options.format, pin_memory=options.pin_memory)
     shuffle = parse_shuffle(options.shuffle)
-    plans = _plans(datasets, shuffle, options)
-    manifests = [d.digest for d in datasets]
-    rows = [d.index.rows for d in datasets]
-    order: Callable[[int], Order]
-    if mixture is None:
-
-        def order(epoch: int) -> Order:
-            return EpochOrder(plans[0], rows[0], manifest=manifests[0], epoch=epoch)
-    else:
-        raise NotImplementedError
+    plans = _plans(datasets, stages, shuffle, options)
+    order = _order(datasets, stages, plans)
     memory = _memory(datasets, plans, sharing, options)
     lanes_here = -(-plans[0].lanes // sharing.groups)
     window_rows = sum(int(d.index.rows.mean() * p.window * lanes_here) for d, p in zip(datasets, plans, strict=True))
@@ -99,10 +85,10 @@ def build_loader(datasets: Sequence[Dataset], mixture: Mixture | None, options: 
         columns=columns_of(schema, options.columns),
         decode=options.decode,
         order=order,
-        identity=_identity(datasets, plans, mixture),
+        identity=_identity(datasets, plans, stages),
         sharing=sharing,
         finish=finish,
-        in_place=shuffle in {Shuffle.BLOCKS, Shuffle.NONE} and mixture is None,
+        in_place=shuffle in {Shuffle.BLOCKS, Shuffle.NONE} and stages is None,
         window_rows=2**40 if shuffle is not Shuffle.WINDOW else window_rows,
         memory_bytes=memory,
         ahead_bytes=_size("prefetch", options.prefetch),
@@ -137,18 +123,25 @@ def _distributed() -> tuple[int, int] | None:
     return distributed_rank()
 
 
-def _plans(datasets: Sequence[Dataset], shuffle: Shuffle, options: LoaderOptions) -> list[OrderPlan]:
-    return [
-        plan_order(
-            d.index.rows,
-            d.index.lengths,
-            seed=options.seed,
-            shuffle=shuffle,
-            lanes=options.lanes,
-            window=options.window,
-        )
-        for d in datasets
-    ]
+def _plans(
+    datasets: Sequence[Dataset], stages: Sequence[Stage] | None, shuffle: Shuffle, options: LoaderOptions
+) -> tuple[OrderPlan, ...]:
+    tables = [(d.index.rows, d.index.lengths) for d in datasets]
+    seed, lanes, window = options.seed, options.lanes, options.window
+    if stages is not None:
+        return plan_streams(tables, stages, seed=seed, shuffle=shuffle, lanes=lanes, window=window)
+    (rows, lengths) = tables[0]
+    return (plan_order(rows, lengths, seed=seed, shuffle=shuffle, lanes=lanes, window=window),)
+
+
+def _order(
+    datasets: Sequence[Dataset], stages: Sequence[Stage] | None, plans: Sequence[OrderPlan]
+) -> Callable[[int], Order]:
+    if stages is None:
+        plan, index, manifest = plans[0], datasets[0].index, datasets[0].digest
+        return lambda epoch: EpochOrder(plan, index.rows, manifest=manifest, epoch=epoch)
+    streams = [Stream(plan, d.index.rows, d.digest) for plan, d in zip(plans, datasets, strict=True)]
+    return lambda epoch: MixedOrder(streams, stages, seed=plans[0].seed, epoch=epoch)
 
 
 def _memory(datasets: Sequence[Dataset], plans: Sequence[OrderPlan], sharing: Sharing, options: LoaderOptions) -> int:
@@ -195,7 +188,9 @@ def _columns(schema: pa.Schema) -> str:
     return ", ".join(f"{f.name}: {f.type}" for f in schema)
 
 
-def _identity(datasets: Sequence[Dataset], plans: Sequence[OrderPlan], mixture: Mixture | None) -> dict[str, Any]:
+def _identity(
+    datasets: Sequence[Dataset], plans: Sequence[OrderPlan], stages: Sequence[Stage] | None
+) -> dict[str, Any]:
     """What decides the order, for states: named so that a difference can be."""
     return {
         "datasets": [d.digest for d in datasets],
@@ -204,7 +199,7 @@ def _identity(datasets: Sequence[Dataset], plans: Sequence[OrderPlan], mixture: 
         "lanes": plans[0].lanes,
         "window": [p.window for p in plans],
         "order": ORDER_VERSION,
-        "mix": None if mixture is None else [[s.rows, list(s.weights)] for s in mixture.stages],
+        "mix": None if stages is None else [[stage.rows, list(quotas(stage))] for stage in stages],
     }
 
 

@@ -15,6 +15,7 @@ from millrace.core.errors import Corrupt, TransformError
 from millrace.core.facts import ReplicaPage
 from millrace.core.model import shard_key
 from millrace.core.ports import Bytes
+from millrace.feed.background import Background
 from millrace.feed.index import BlockIndex, Extent, build_index
 from millrace.feed.replicas import ReplicaReader
 from millrace.pipeline.adopted.decode import decode_block
@@ -51,10 +52,12 @@ class VersionSource:
         opened: The version's manifest.
         index: Its blocks.
         reader: Reads a range from the best of its replicas.
+        background: The loop that its stores live on; who fetches may be on another, in a mixture of worlds.
     """
 
-    def __init__(self, opened: OpenManifest, index: BlockIndex, reader: ReplicaReader) -> None:
+    def __init__(self, opened: OpenManifest, index: BlockIndex, reader: ReplicaReader, background: Background) -> None:
         self.index = index
+        self._background = background
         self._opened = opened
         self._reader = reader
         self._first_shard = np.cumsum([0, *(ref.shards for ref in opened.root.segments)])
@@ -71,6 +74,8 @@ class VersionSource:
 
     async def fetch(self, block: int) -> Sequence[Bytes]:
         """The block as a plain Arrow message, verified. See ``feed.blocks.BlockSource``."""
+        if not self._background.runs_here():
+            return await asyncio.wrap_future(self._background.start(self.fetch(block)))
         shard = int(self.index.shards[block])
         extent = self.index.extent(block)
         aux = None

@@ -7,9 +7,9 @@ from itertools import chain
 from typing import Any, Final
 
 from millrace.core.errors import Conflict, CoordError, LeaseHeld
-from millrace.core.facts import Lineage, ReplicaPage, VersionRecord, VersionRef, decode, encode
+from millrace.core.facts import Lineage, ReplicaEntry, ReplicaPage, VersionRecord, VersionRef, decode, encode
 from millrace.core.keys import GC_LEASE, dataset_head, dataset_version, replica_page, run_lease
-from millrace.core.model import Digest
+from millrace.core.model import Digest, shard_key
 from millrace.core.pages import decode_page, encode_page, merge_pages, meta_keys, meta_parts, update_page
 from millrace.core.ports import Compare, Coordination, Lease, Write
 
@@ -202,9 +202,30 @@ async def _create_or_merge(coord: Coordination, batch: Mapping[str, bytes], guar
 
 async def _merge(coord: Coordination, key: str, page: ReplicaPage, guard: Lease) -> None:
     def change(before: ReplicaPage | None) -> ReplicaPage:
-        return page if before is None else merge_pages(before, page, key=key)
+        return page if before is None else merge_pages(*_under_one_key(before, page), key=key)
 
     await update_page(coord, key, change, guard=guard)
+
+
+def _under_one_key(before: ReplicaPage, page: ReplicaPage) -> tuple[ReplicaPage, ReplicaPage]:
+    """Both pages, with each object under one key: an entry has only one, and adopted files lie under any.
+
+    Copies that Millrace made stay what is known; of files that were adopted, the newest place is.
+    """
+    pairs = list(zip(before.entries, page.entries, strict=False))
+    if len(before.entries) != len(page.entries) or all(a.key == b.key for a, b in pairs):
+        return before, page
+    entries = [_one_key(a, b) for a, b in pairs]
+    old, new = (ReplicaPage.model_construct(entries=tuple(part)) for part in zip(*entries, strict=True))
+    return old, new
+
+
+def _one_key(before: ReplicaEntry, now: ReplicaEntry) -> tuple[ReplicaEntry, ReplicaEntry]:
+    if before.key == now.key or before.digest != now.digest:
+        return before, now
+    if before.key == shard_key(Digest(before.digest)):
+        return before, before
+    return now, now
 
 
 def _count(value: bytes, key: str) -> int:

@@ -60,6 +60,24 @@ def decode(kind: type[F], value: bytes, *, key: str) -> F:
         ) from error
 
 
+class AdoptedStore(Fact):
+    """A place whose files were adopted: read by datasets, and never written to.
+
+    Attributes:
+        name: What replica pages call it.
+        url: Absolute, without credentials.
+        options: What the adapter takes; never a secret.
+        cloud, region, jurisdiction: Its site.
+    """
+
+    name: str
+    url: str
+    options: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    cloud: str
+    region: str
+    jurisdiction: str
+
+
 class VersionRef(Fact):
     """A dataset's head: the newest version and its digest."""
 

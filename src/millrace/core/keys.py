@@ -14,6 +14,7 @@ Coordination::
     readers/<manifest digest>/<reader id>       somebody reads this version until then
     checkpoints/<name>/<12 digits>              CheckpointRecord: one step of a training run
     gc/marks                                    objects nobody names, and since when
+    adopted/<store name>                        AdoptedStore: files that were adopted where they lie, to be read only
 
 Leases: ``run/<id>`` (who drives a run), ``dataset/<name>`` (who may add a version), ``gc``, ``checkpoints/<name>``
 (who writes or removes checkpoints), ``checkpoints/<name>/<12 digits>`` (who replicates one).
@@ -37,6 +38,7 @@ from __future__ import annotations
 from millrace.core.model import Digest
 
 __all__ = [
+    "ADOPTED",
     "GC_LEASE",
     "GC_MARKS",
     "RUN_COUNTER",
@@ -66,6 +68,12 @@ __all__ = [
 RUN_COUNTER = "counters/runs"
 GC_LEASE = "gc"
 GC_MARKS = "gc/marks"
+ADOPTED = "adopted/"
+
+
+def adopted_store(name: str) -> str:
+    """Key of a place whose files were adopted."""
+    return f"{ADOPTED}{name}"
 
 
 def dataset_head(name: str) -> str:

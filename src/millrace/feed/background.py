@@ -44,6 +44,10 @@ class Background:
         if os.getpid() != self._pid:
             raise UsageError(FORKED)
 
+    def runs_here(self) -> bool:
+        """Whether the caller is a coroutine on this very loop."""
+        return threading.current_thread() is self._thread
+
     def start(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         """Have it done; cancelling the future cancels the work."""
         if os.getpid() != self._pid or self._loop.is_closed():

@@ -3,11 +3,12 @@
 The shares are laid out, not drawn. A stage gives each stream a whole number of its rows; that number is dealt to the
 lanes, and in a lane to blocks of 256 indexes, by one rounded line, so that the numbers of any stretch differ from the
 weights by a few rows at most and those of the stage not at all. Inside such a block a keyed permutation says which
-index has which row of which stream. Position g still lies in lane ``g % lanes`` at index ``g // lanes``, and each stream's
-lane is read from its beginning on, so that a mixture reads as locally as its parts.
+index has which row of which stream. Position g still lies in lane ``g % lanes`` at index ``g // lanes``, and the lane
+of each stream is read from its beginning on, so a mixture reads as locally as its parts.
 
-A stream whose lane is at its end goes on with its next pass, which is ordered as the epoch of that number; the next epoch
-of the mixture goes on where the last one left the streams. So every pass of a stream gives each of its rows exactly once.
+A stream whose lane is at its end goes on with its next pass, which is ordered as the epoch of that number; the next
+epoch of the mixture goes on where the last one left the streams. So every pass of a stream gives each of its rows
+exactly once.
 """
 
 from __future__ import annotations
@@ -217,8 +218,11 @@ class MixedOrder:
             epoch: 0 and up.
 
         Raises:
-            UsageError: the streams have different lanes, or the stages don't fit the streams; says which.
+            UsageError: the streams have different lanes, the stages don't fit the streams, or the seed or the epoch
+                can't be; says which.
         """
+        if not 0 <= seed < 1 << 64 or epoch < 0:
+            raise UsageError(f"seed={seed!r}, epoch={epoch!r} can't be: seeds are 0 to 2**64 - 1, epochs 0 and up")
         self._rows_per_stream = [int(stream.rows_per_block.sum()) for stream in streams]
         _check(self._rows_per_stream, stages)
         if len(lanes := {stream.plan.lanes for stream in streams}) != 1:
@@ -376,9 +380,9 @@ def _same_number(streams: int, weights: tuple[float, ...]) -> None:
         raise UsageError(f"a mixture of {streams} streams has {streams} weights in each stage, not {len(weights)}")
 
 
-def _shares(weights: Sequence[float]) -> list[Fraction]:
+def _shares(weights: Sequence[object]) -> list[Fraction]:
     """Each weight's part of their sum, exactly as they are written in decimal."""
-    exact = []
+    exact: list[Fraction] = []
     for k, weight in enumerate(weights):
         if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight) or weight < 0:
             raise UsageError(f"weights[{k}]={weight!r} can't be: a weight is a finite number from 0 up")
@@ -414,5 +418,6 @@ def _scaled(numbers: Int64s, times: Int64s, over: Int64s) -> Int64s:
 
     A float gives the quotient to within one; the remainder, of wrapping products, is small enough to be right.
     """
-    quotient = (numbers.astype(np.float64) * times / over).astype(np.int64)
-    return quotient + (numbers * times - quotient * over) // over
+    quotient: Int64s = (numbers.astype(np.float64) * times / over).astype(np.int64)
+    exact: Int64s = quotient + (numbers * times - quotient * over) // over
+    return exact

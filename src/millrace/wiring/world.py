@@ -16,16 +16,19 @@ from pydantic import BaseModel, ValidationError
 from millrace.coord.memory import MemoryCoordination
 from millrace.coord.sqlite import SqliteCoordination
 from millrace.core.errors import NotFound, StoreError, UsageError
+from millrace.core.facts import AdoptedStore
 from millrace.core.model import StoreSite
 from millrace.core.ports import Coordination, Store
 from millrace.core.spec import Pipeline, Source, World
 from millrace.core.specfile import parse_spec
 from millrace.pipeline.globs import path_filter
 from millrace.stores.layers import RetryPlan
+from millrace.stores.layers.sealed import Sealed
 from millrace.stores.open import Layers
 from millrace.stores.open import open as open_store
 from millrace.stores.walk import WalkRules
 from millrace.telemetry.metrics import StoreMetrics
+from millrace.wiring.adopted import AdoptedStores, Readable
 from millrace.wiring.clock import SystemClock
 from millrace.wiring.memory import settle_memory
 
@@ -55,6 +58,7 @@ class OpenWorld:
         sites: Its stores as decisions see them.
         near: The cloud this machine is in, if the file says so.
         stores: Its stores by name, in their layers.
+        adopted: Places whose files were adopted; see :meth:`readable`.
         work: Where runs keep plans and task outputs.
         coord: Heads, ledgers, leases.
     """
@@ -64,9 +68,17 @@ class OpenWorld:
     sites: tuple[StoreSite, ...]
     near: str | None
     stores: Mapping[str, Store]
+    adopted: AdoptedStores
     work: Store
     coord: Coordination
     clock: SystemClock
+
+    async def readable(self) -> Readable:
+        """All that datasets are read from, adopted places included, as they are known now.
+
+        What is written or placed goes to ``stores`` by ``sites``; what is read comes from these.
+        """
+        return await self.adopted.beside(self.stores, self.sites)
 
 
 def read_world(file: Path | None) -> tuple[Path, World]:
@@ -115,6 +127,8 @@ async def open_world(file: Path | None) -> AsyncIterator[OpenWorld]:
         stack.push_async_callback(coord.aclose)
         stores = open_stores(spec, base)
         work = open_work(state)
+        adopted = AdoptedStores(coord, open_adopted, spec.sites())
+        stack.push_async_callback(adopted.aclose)
         for store in (*stores.values(), work):
             stack.push_async_callback(store.aclose)
         yield OpenWorld(
@@ -123,6 +137,7 @@ async def open_world(file: Path | None) -> AsyncIterator[OpenWorld]:
             sites=spec.sites(),
             near=spec.here.partition("/")[0] if spec.here else None,
             stores=stores,
+            adopted=adopted,
             work=work,
             coord=coord,
             clock=clock,
@@ -151,6 +166,7 @@ async def open_bare(url: str) -> AsyncIterator[OpenWorld]:
     except ValidationError as error:
         raise UsageError(f"{url!r} is not a store's URL: {error.errors()[0]['msg']}") from error
     clock = SystemClock()
+    coord = MemoryCoordination()
     stores = open_stores(spec, Path.cwd())
     work = open_store("memory://", name="work", base=Path.cwd(), layers=_layers())
     async with contextlib.AsyncExitStack() as stack:
@@ -162,8 +178,9 @@ async def open_bare(url: str) -> AsyncIterator[OpenWorld]:
             sites=spec.sites(),
             near=None,
             stores=stores,
+            adopted=AdoptedStores(coord, open_adopted, spec.sites()),
             work=work,
-            coord=MemoryCoordination(),
+            coord=coord,
             clock=clock,
         )
 
@@ -190,12 +207,30 @@ def open_work(state: Path) -> Store:
     return open_store("file://./work", name="work", base=state, layers=_layers())
 
 
+def open_adopted(fact: AdoptedStore) -> Store:
+    """A place whose files were adopted, to read from; nothing is contacted yet.
+
+    Raises:
+        UsageError: it can't be opened here.
+    """
+    store = open_store(
+        fact.url,
+        name=fact.name,
+        options=fact.options,
+        layers=_layers(),
+        source=WalkRules(must_exist=True),
+        credentials=_credentials(fact.url),
+    )
+    return Sealed(store, name=fact.name)
+
+
 def open_sources(pipeline: Pipeline, base: Path) -> list[Store]:
     """The store of each source, for reading; nothing is contacted yet."""
-    return [_open_source(i, source, base) for i, source in enumerate(pipeline.sources)]
+    return [open_source(source, base, name=f"source {i}") for i, source in enumerate(pipeline.sources)]
 
 
-def _open_source(index: int, source: Source, base: Path) -> Store:
+def open_source(source: Source, base: Path, *, name: str) -> Store:
+    """One source's store, for reading; nothing is contacted yet."""
     wanted = path_filter(source)
 
     def on_broken(path: str, error: StoreError) -> None:
@@ -206,7 +241,7 @@ def _open_source(index: int, source: Source, base: Path) -> Store:
 
     return open_store(
         source.url,
-        name=f"source {index}",
+        name=name,
         options=source.options,
         base=base,
         layers=_layers(),
