@@ -164,7 +164,8 @@ def _after(job: Job, make: Callable[[Job], Loader], options: _Options) -> Mappin
     before = np.load(options.order_file)[: max(1, round(at * job.batches)) * BATCH_ROWS]
     whole = np.load(options.order_file)
     loader = _resumed(job, make, options)
-    rest = np.concatenate([_numbers(batch) for batch in loader.epoch()])
+    parts = [_numbers(batch) for batch in loader.epoch()]
+    rest = np.concatenate([*parts, np.empty(0, np.int64)])
     lost, repeated = _missing(np.concatenate([before, rest]), job.rows)
     return {"lost": lost, "repeated": repeated, "same": bool(np.array_equal(rest, whole[len(before) :]))}
 
@@ -207,7 +208,10 @@ def _rate(job: Job, make: Callable[[Job], Loader], options: _Options) -> Mapping
 def _resume(job: Job, make: Callable[[Job], Loader], options: _Options) -> Mapping[str, Any]:
     gc.collect()
     seconds = lap()
-    touch(next(_resumed(job, make, options).epoch()))
+    batch = next(_resumed(job, make, options).epoch(), None)
+    if batch is None:  # its shuffle buffer was forgotten, and nothing was left to fill it
+        return {"first_s": None}
+    touch(batch)
     return {"first_s": seconds()}
 
 

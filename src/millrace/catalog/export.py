@@ -10,12 +10,14 @@ from typing import Protocol, TypeVar
 
 import pyarrow as pa
 
+from millrace.catalog.in_place import is_in_place
 from millrace.catalog.manifests import OpenManifest
 from millrace.catalog.readers import reading
-from millrace.core.errors import Corrupt, UsageError
+from millrace.core.errors import Corrupt, SourceError, Unavailable, UsageError
 from millrace.core.facts import ReplicaEntry, VersionRecord
-from millrace.core.model import Digest
+from millrace.core.model import Block, Digest
 from millrace.core.ports import Clock, Coordination
+from millrace.pipeline.adopted.decode import decode_block
 
 __all__ = ["ExportProgress", "ExportReport", "Exporter", "export_dataset"]
 
@@ -98,13 +100,13 @@ async def export_dataset(
         root = manifest.root
         rows = size = shards = 0
         try:
-            async with aclosing(_shards(manifest)) as whole:
-                async for data in whole:
-                    for batch in _batches(data):
+            async with aclosing(_records(manifest, schema)) as batches:
+                async for batch, ended in batches:
+                    if batch is not None:
                         await _in_thread(exporter.write, batch)
                         rows += batch.num_rows
-                    shards += 1
-                    size += len(data)
+                    shards += ended > 0
+                    size += ended
                     if progress is not None:
                         progress(ExportProgress(shards, root.shards, rows, root.rows, size, root.bytes))
             files = await _in_thread(exporter.close)
@@ -112,6 +114,66 @@ async def export_dataset(
             await _in_thread(exporter.abort)
             raise
     return ExportReport(tuple(str(file) for file in files), shards, rows, size)
+
+
+async def _records(
+    manifest: OpenManifest, schema: pa.Schema
+) -> AsyncGenerator[tuple[pa.RecordBatch | None, int], None]:
+    """Every batch in order, and after the last one of each shard (None, the shard's bytes)."""
+    if await _is_adopted(manifest):
+        async with aclosing(_adopted(manifest, schema)) as found:
+            async for item in found:
+                yield item
+        return
+    async with aclosing(_shards(manifest)) as whole:
+        async for data in whole:
+            for batch in _batches(data):
+                yield batch, 0
+            yield None, len(data)
+
+
+async def _is_adopted(manifest: OpenManifest) -> bool:
+    """Whether the version's shards are files that were adopted: they are read block by block, whatever their size."""
+    if manifest.root.encoding != "arrow":
+        return True
+    page = await manifest.replicas(0) if len(manifest) else None
+    return page is not None and is_in_place(page.entries[0])
+
+
+async def _adopted(
+    manifest: OpenManifest, schema: pa.Schema
+) -> AsyncGenerator[tuple[pa.RecordBatch | None, int], None]:
+    async with aclosing(manifest.segments()) as segments:
+        async for i, _ in segments:
+            page = await manifest.replicas(i)
+            if page is None:
+                raise Unavailable(
+                    "it is no longer known where the adopted files of this version lie; adopt them again, which makes "
+                    "the same version"
+                )
+            for entry, blocks in zip(page.entries, await manifest.blocks(i), strict=True):
+                aux: memoryview | None = None
+                for block in blocks:
+                    data = await manifest.block(block, entry)
+                    if block.rows == 0:
+                        aux = data
+                        continue
+                    yield await asyncio.to_thread(_decoded, manifest, schema, entry, aux, data, block), 0
+                yield None, entry.size_bytes
+
+
+def _decoded(
+    manifest: OpenManifest,
+    schema: pa.Schema,
+    entry: ReplicaEntry,
+    aux: memoryview | None,
+    data: memoryview,
+    block: Block,
+) -> pa.RecordBatch:
+    try:
+        return decode_block(manifest.root.encoding, schema, aux, data, offset=block.offset, rows=block.rows)
+    except SourceError as error:
+        raise SourceError(f"{entry.key}: {error}") from error
 
 
 async def _shards(manifest: OpenManifest) -> AsyncGenerator[memoryview, None]:

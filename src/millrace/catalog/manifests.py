@@ -10,7 +10,7 @@ from typing import Final
 import pyarrow as pa
 
 from millrace.catalog.versions import policy_of
-from millrace.core.errors import UsageError
+from millrace.core.errors import StoreError, Unavailable, UsageError
 from millrace.core.facts import ReplicaEntry, ReplicaPage, VersionRecord
 from millrace.core.keys import manifest_key, replica_page, segment_key
 from millrace.core.manifest import (
@@ -23,7 +23,7 @@ from millrace.core.manifest import (
     decode_root,
     decode_segment,
 )
-from millrace.core.model import Block, Digest, StoreSite, shard_key
+from millrace.core.model import Block, Digest, StoreSite, block_digest, shard_key
 from millrace.core.pages import read_meta, read_page
 from millrace.core.ports import Coordination, Store
 from millrace.core.replicas import fetch
@@ -153,7 +153,38 @@ class OpenManifest:
         Raises:
             StoreError: no whole replica can be read.
         """
-        return await fetch(self._stores, shard_key(digest), digest, self.names(known))
+        key = shard_key(digest) if known is None else known.key
+        return await fetch(self._stores, key, digest, self.names(known))
+
+    async def block(self, block: Block, known: ReplicaEntry) -> memoryview:
+        """One block of a shard, verified, from any true replica.
+
+        Args:
+            block: Which.
+            known: Where its shard lies, as a replica page says.
+
+        Raises:
+            StoreError: no whole replica can be read; says why for each store.
+        """
+        failures: list[str] = []
+        for name in self.names(known):
+            store = self._stores.get(name)
+            if store is None:
+                failures.append(f"{name}: not in this world file")
+                continue
+            try:
+                data = await store.get_range(known.key, block.offset, block.length_bytes)
+            except StoreError as error:
+                failures.append(f"{name}: {error}")
+                continue
+            if block_digest(data) == block.digest:
+                return data
+            failures.append(f"{name}: the bytes are not those the digest names")
+        raise Unavailable(
+            f"the block at byte {block.offset} of {known.key} can't be read whole "
+            f"({'; '.join(failures) or 'no store is known to hold it'})",
+            key=known.key,
+        )
 
     def names(self, known: ReplicaEntry | None) -> tuple[str, ...]:
         """The stores to read an object from: those known to hold it, then every other that may."""

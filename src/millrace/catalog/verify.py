@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 from millrace.catalog.crew import at_once
 from millrace.catalog.findings import Fault, Finding, VerifyProgress, VerifyReport
+from millrace.catalog.in_place import IN_PLACE, is_in_place, lost_words, not_ours
 from millrace.catalog.inspect import Checked, Inspector
 from millrace.catalog.manifests import OpenManifest, open_manifest
 from millrace.catalog.readers import reading
@@ -49,19 +50,21 @@ async def verify(
     clock: Clock,
     repair: bool = False,
     slots: int = 4,
+    adopted: Collection[str] = (),
     progress: Callable[[VerifyProgress], None] | None = None,
 ) -> VerifyReport:
     """Hash every replica of every shard of ``version``, and of its manifest.
 
     Args:
         coord: Where the replica pages are.
-        stores: Every store of the world by name.
-        sites: Every store as decisions see it.
+        stores: Every store of the world by name, and the places whose files were adopted.
+        sites: Every one of those as decisions see it.
         version: Which version; its own policy is what replicas are held against.
         who: Names this reader while it claims the version.
         clock: For the claim and the receipts.
         repair: Restore what is missing or rotten, under policy, and record it.
         slots: Replicas read at once, 16 MB each; a repair holds two whole objects besides.
+        adopted: Names of the places whose files were adopted: nothing is ever placed there.
         progress: Called after each replica.
 
     Raises:
@@ -76,8 +79,9 @@ async def verify(
             manifest, lost = None, str(error)
         pages = _Pages(coord, version, manifest)
         total = await _totals(pages) if progress is not None else (0, 0)
-        repairer = Repairer(stores, sites, policy_of(version), clock) if repair else None
-        work = _Verification(coord, stores, sites, version, clock, repairer, slots, total, progress)
+        own = {name: store for name, store in stores.items() if name not in adopted}
+        repairer = Repairer(own, sites, policy_of(version), clock) if repair else None
+        work = _Verification(coord, stores, sites, version, clock, repairer, slots, total, progress, set(own))
         async for key, entries in pages.all():
             await work.page(key, entries)
         if manifest is None and not any(f.object == manifest_key(Digest(version.digest)) for f in work.findings):
@@ -137,7 +141,7 @@ async def _totals(pages: _Pages) -> tuple[int, int]:
 
 def _distinct(entries: Sequence[ReplicaEntry]) -> list[ReplicaEntry]:
     """Each object once: a shard that two chunks made alike is listed twice, with the same replicas."""
-    return list({entry.digest: entry for entry in entries}.values())
+    return list({(entry.digest, entry.key): entry for entry in entries}.values())
 
 
 @dataclass(slots=True)
@@ -163,12 +167,14 @@ class _Verification:
         slots: int,
         total: tuple[int, int],
         progress: Callable[[VerifyProgress], None] | None,
+        own: Collection[str],
     ) -> None:
         self.findings: list[Finding] = []
         self._coord = coord
         self._sites = {site.name: site for site in sites if site.name in stores}
         self._version = version
         self._policy = policy_of(version)
+        self._own = own
         self._clock = clock
         self._inspector = Inspector(stores, clock, slots=slots)
         self._repairer = repairer
@@ -245,7 +251,10 @@ class _Verification:
             done = self._counts["replicas"], self._counts["bytes"]
             self._progress(VerifyProgress(done[0], self._total[0], done[1], self._total[1]))
         if not any(c.verdict is Verdict.WHOLE for c in checks):
-            elsewhere = [name for name in self._sites if name not in entry.stores]
+            # Adopted files are looked for where files were adopted, Millrace's own objects in its own stores.
+            elsewhere = [
+                name for name in self._sites if name not in entry.stores and (name in self._own) != is_in_place(entry)
+            ]
             more = await self._inspector.check_all(entry, elsewhere)
             checks += [c for c in more if c.verdict is Verdict.WHOLE]
         return checks
@@ -257,10 +266,11 @@ class _Verification:
             if c.verdict is not Verdict.WHOLE
         ]
         whole = [c.store for c in checks if c.verdict is Verdict.WHOLE]
-        short = shortfall(self._legal(whole), self._policy)
+        policy = IN_PLACE if is_in_place(entry) else self._policy
+        short = shortfall(self._legal(whole), policy)
         self._counts[Fault.UNDER_REPLICATED] += bool(short)
         if not whole and not any(c.verdict is Verdict.UNREADABLE for c in checks):
-            found.append(self.finding(entry.key, "", Fault.LOST, self._lost_words()))
+            found.append(self.finding(entry.key, "", Fault.LOST, lost_words(self._version)))
         elif short and not found:
             found.append(self.finding(entry.key, "", Fault.UNDER_REPLICATED, short))
         for check in checks:
@@ -276,18 +286,15 @@ class _Verification:
         sites = [self._sites[name] for name in names if name in self._sites]
         return [site for site in sites if legal(site, self._policy) is None]
 
-    def _lost_words(self) -> str:
-        return (
-            "no whole copy is left in any store; run the pipeline again with --fresh, which makes the same object "
-            f"anew, or give this version up with 'millrace rm {label(self._version)}'"
-        )
-
     async def _repair(
         self, repairer: Repairer, entry: ReplicaEntry, checks: Sequence[Checked], outcome: _Outcome
     ) -> None:
         whole = [c.store for c in checks if c.verdict is Verdict.WHOLE]
         bad = [c.store for c in checks if c.verdict is not Verdict.WHOLE]
         unknown = [name for name in whole if name not in entry.stores]
+        if is_in_place(entry):
+            self._forget(whole, bad, unknown, outcome)
+            return
         if not whole:
             outcome.findings = [
                 replace(f, repair="no whole copy can be read to restore it from") for f in outcome.findings
@@ -313,6 +320,16 @@ class _Verification:
             outcome.findings.append(
                 replace(self.finding(entry.key, "", Fault.UNDER_REPLICATED, restored.short), repair=restored.short)
             )
+
+    def _forget(self, whole: Sequence[str], bad: Sequence[str], unknown: Sequence[str], outcome: _Outcome) -> None:
+        """All a repair does about an adopted file: where another place has it whole, that one counts instead."""
+        if not whole:
+            outcome.findings = [replace(f, repair=not_ours(self._version)) for f in outcome.findings]
+            return
+        outcome.gained = dict.fromkeys(unknown, self._clock.now_ms())
+        outcome.dropped = frozenset(bad)
+        instead = f"no longer counted on: it lies whole in {', '.join(sorted(whole))}"
+        outcome.findings = [replace(f, repaired=True, repair=instead) for f in outcome.findings]
 
     @staticmethod
     def _after(

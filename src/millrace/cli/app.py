@@ -77,6 +77,7 @@ def _terminated_like_interrupted() -> Iterator[None]:
 def main() -> None:
     """The entry point."""
     try:
+        import millrace.cli.adopt
         import millrace.cli.catalog
         import millrace.cli.checkpoints
         import millrace.cli.demo

@@ -89,7 +89,7 @@ def show(dataset: ReferenceArgument, world: WorldOption = None, as_json: JsonOpt
     async def work() -> Shown:
         async with open_world(world) as opened:
             record, manifest = await _opened(opened, dataset)
-            return await show_version(record, manifest, opened.sites)
+            return await show_version(record, manifest, (await opened.readable()).sites)
 
     found = perform(output, work)
     output.document(asdict(found) | {"lineage": found.lineage.model_dump(mode="json")})
@@ -155,6 +155,7 @@ def verify(
     async def work() -> VerifyReport:
         async with open_world(world) as opened:
             record = await resolve(opened.coord, dataset)
+            readable = await opened.readable()
             with byte_progress(output, "verifying") as shown:
 
                 def progress(at: VerifyProgress) -> None:
@@ -162,13 +163,14 @@ def verify(
 
                 return await verify_version(
                     opened.coord,
-                    opened.stores,
-                    opened.sites,
+                    readable.stores,
+                    readable.sites,
                     record,
                     who=this_holder(),
                     clock=opened.clock,
                     repair=repair,
                     slots=slots,
+                    adopted=readable.adopted,
                     progress=progress if output.live else None,
                 )
 
@@ -331,7 +333,8 @@ def show_verify(output: Output, report: VerifyReport) -> None:
 
 async def _opened(world: OpenWorld, reference: str) -> tuple[VersionRecord, OpenManifest]:
     record = await resolve(world.coord, reference)
-    return record, await open_manifest(world.coord, world.stores, world.sites, record, near=world.near)
+    readable = await world.readable()
+    return record, await open_manifest(world.coord, readable.stores, readable.sites, record, near=world.near)
 
 
 def _option(parse: Any, text: str, name: str) -> Any:

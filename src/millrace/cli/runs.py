@@ -13,7 +13,7 @@ from millrace.cli.live import RunView, listing_progress
 from millrace.cli.options import JsonOption, PipelineArgument, RunArgument, WorldOption
 from millrace.cli.output import Output
 from millrace.control.runs import RunStatus, ask, list_runs, run_status
-from millrace.core.facts import RunReport
+from millrace.core.facts import RunRecord, RunReport
 from millrace.core.messages import Control
 from millrace.core.units import count, format_bytes, format_seconds
 from millrace.wiring.clock import holder_is_alive
@@ -49,7 +49,7 @@ def run(
 
     goes_on = f"interrupted; what was finished is kept, and millrace run {pipeline} goes on from there"
     result = perform(output, work, interrupted=goes_on)
-    _show_report(output, result.report, str(pipeline))
+    _show_report(output, result.report, f"millrace run {pipeline}")
     output.document(result.report.model_dump(mode="json") | {"stages": _stages(result.report)})
     code = INTERRUPTED if result.interrupted else result.exit_code
     if code:
@@ -132,9 +132,9 @@ def status(run: RunArgument, world: WorldOption = None, as_json: JsonOption = Fa
             f"at {format_bytes(p.bytes_per_s)}/s{eta}; {p.rows} rows, {p.quarantined} quarantined"
         )
     if found.record.report is not None:
-        _show_report(output, found.record.report, found.record.pipeline_file)
+        _show_report(output, found.record.report, _command(found.record))
     elif found.state == "interrupted":
-        output.line(f"its process is gone; continue it with: millrace run {found.record.pipeline_file}")
+        output.line(f"its process is gone; continue it with: {_command(found.record)}")
 
 
 @app.command()
@@ -190,7 +190,12 @@ def _stages(report: RunReport) -> list[dict[str, Any]]:
     return [s.model_dump(mode="json") | {"mb_per_s": round(s.mb_per_s, 3)} for s in report.stages]
 
 
-def _show_report(output: Output, report: RunReport, pipeline: str) -> None:
+def _command(record: RunRecord) -> str:
+    """What takes a run up again. An adoption is recorded as its whole command, and a pipeline as its file."""
+    return f"millrace {'' if 'adopt' in record.lineage.spec else 'run '}{record.pipeline_file}"
+
+
+def _show_report(output: Output, report: RunReport, command: str) -> None:
     if output.as_json:
         return
     if report.stages:
@@ -224,4 +229,4 @@ def _show_report(output: Output, report: RunReport, pipeline: str) -> None:
         output.say(f"error: run {report.run} failed: {report.error}")
     else:
         output.say(f"run {report.run} was stopped")
-    output.say(f"{done}; millrace run {pipeline} goes on from there")
+    output.say(f"{done}; {command} goes on from there")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import itertools
 import random
@@ -19,14 +20,13 @@ from millrace.catalog.manifests import OpenManifest, open_manifest
 from millrace.catalog.readers import reading
 from millrace.catalog.versions import label, resolve
 from millrace.client.formats import FormatName
-from millrace.client.recipe import LoaderOptions, build_loader
+from millrace.client.recipe import LoaderOptions, build_loader, size_option
 from millrace.client.session import Session, session_at, session_for
 from millrace.client.source import VersionSource, read_index
-from millrace.core.errors import UsageError
+from millrace.core.errors import MillraceError, UsageError
 from millrace.core.facts import VersionRecord
 from millrace.core.keys import manifest_key
 from millrace.core.model import Digest
-from millrace.core.units import parse_size
 from millrace.decide.prices import egress_price
 from millrace.feed.cache import BlockCache
 from millrace.feed.events import FeedEvent
@@ -71,12 +71,14 @@ class Dataset:
         is_url = "://" in reference
         self._session: Session = session_at(reference) if is_url else session_for(world)
         self.events: list[FeedEvent] = []
+        self._closed = False
         self._closing: asyncio.Event | None = None
+        self._holding: concurrent.futures.Future[None] | None = None
         clock = self._session.world.clock
         self.cache: BlockCache | None = None
         if cache is not False:
             folder = cache_folder() if cache is None or cache is True else Path(cache)
-            limit = parse_size(cache_limit)
+            limit = size_option("cache_limit", cache_limit)
             self.cache = BlockCache(folder, limit_bytes=limit, clock=clock, on_event=self.events.append)
         self._record: VersionRecord | None = None
         if is_url:
@@ -208,11 +210,9 @@ class Dataset:
 
     def close(self) -> None:
         """Give up the claim on the version. Loaders made of it can't read any more. Safe to call twice."""
-        if self._closing is not None:
-            closing, self._closing = self._closing, None
-            self._session.call(_set(closing))
-            with contextlib.suppress(Exception):
-                self._holding.result()
+        if not self._closed and not self._session.closed:
+            self._session.call(self._close())
+        self._closed = True
 
     def __enter__(self) -> Dataset:
         return self
@@ -234,6 +234,13 @@ class Dataset:
             on_event=self.events.append,
         )
         return _Opened(opened, index, VersionSource(opened, index, reader, self._session.background), reader)
+
+    async def _close(self) -> None:
+        await self._opened.reader.aclose()
+        if self._closing is not None and self._holding is not None:
+            self._closing.set()
+            with contextlib.suppress(MillraceError):  # a claim that can't be taken away ends by itself
+                await asyncio.wrap_future(self._holding)
 
     async def _claim(self, record: VersionRecord) -> None:
         self._closing = asyncio.Event()
@@ -282,7 +289,3 @@ def _digest_in(url: str) -> Digest:
             f"{url!r} is not a manifest's URL; that ends in manifests/<64 letters of its digest>.json below a store"
         )
     return Digest(name)
-
-
-async def _set(event: asyncio.Event) -> None:
-    event.set()

@@ -26,7 +26,7 @@ from millrace.wiring.surroundings import rank_and_world
 if TYPE_CHECKING:
     from millrace.client.dataset import Dataset
 
-__all__ = ["LoaderOptions", "build_loader"]
+__all__ = ["LoaderOptions", "build_loader", "size_option"]
 
 _SPARE_BYTES: Final = 64_000_000
 """Room for blocks loaded ahead of a window's end, above what windows need."""
@@ -91,7 +91,7 @@ def build_loader(datasets: Sequence[Dataset], stages: Sequence[Stage] | None, op
         in_place=shuffle in {Shuffle.BLOCKS, Shuffle.NONE} and stages is None,
         window_rows=2**40 if shuffle is not Shuffle.WINDOW else window_rows,
         memory_bytes=memory,
-        ahead_bytes=_size("prefetch", options.prefetch),
+        ahead_bytes=size_option("prefetch", options.prefetch),
         quarantine=parse_share(options.quarantine),
     )
     sharing.steps(order(0).rows)  # refuses what would give nothing
@@ -147,7 +147,7 @@ def _order(
 def _memory(datasets: Sequence[Dataset], plans: Sequence[OrderPlan], sharing: Sharing, options: LoaderOptions) -> int:
     """Bytes for blocks: what the windows that are open at a time hold, and some that come."""
     if options.memory is not None:
-        return _size("memory", options.memory)
+        return size_option("memory", options.memory)
     total = 0
     for d, plan in zip(datasets, plans, strict=True):
         lengths = d.index.lengths
@@ -166,7 +166,12 @@ def _memory(datasets: Sequence[Dataset], plans: Sequence[OrderPlan], sharing: Sh
     return total + _SPARE_BYTES
 
 
-def _size(what: str, value: str | int) -> int:
+def size_option(what: str, value: str | int) -> int:
+    """A number of bytes that a user wrote as the option ``what``: ``"256MB"``, or a number.
+
+    Raises:
+        UsageError: it isn't one.
+    """
     try:
         return parse_size(value)
     except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, TypeVar
@@ -89,7 +90,10 @@ class VersionSource:
         page = await _once(self._pages, segment, _PAGES_KEPT, lambda: self._opened.replicas(segment))
         known = None if page is None else page.entries[shard - int(self._first_shard[segment])]
         key = shard_key(extent.shard) if known is None else known.key
-        return await self._reader.read(extent, key, self._opened.names(known))
+        names = self._opened.names(known)
+        held = {} if known is None else known.stores
+        holders = sum(1 for _ in itertools.takewhile(held.__contains__, names))
+        return await self._reader.read(extent, key, names, holders=holders)
 
 
 def _plain(index: BlockIndex, extent: Extent, aux: memoryview | None, data: memoryview) -> Sequence[Bytes]:

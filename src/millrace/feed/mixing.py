@@ -419,5 +419,5 @@ def _scaled(numbers: Int64s, times: Int64s, over: Int64s) -> Int64s:
     A float gives the quotient to within one; the remainder, of wrapping products, is small enough to be right.
     """
     quotient: Int64s = (numbers.astype(np.float64) * times / over).astype(np.int64)
-    exact: Int64s = quotient + (numbers * times - quotient * over) // over
-    return exact
+    rest: Int64s = numbers * times - quotient * over
+    return quotient + np.floor_divide(rest, over)

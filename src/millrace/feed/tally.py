@@ -24,9 +24,10 @@ UInt64s = npt.NDArray[np.uint64]
 
 _MODULUS: Final = 1 << 128
 _SPAN: Final = 8192
-_SALTS: Final = np.array([derive_key(1), derive_key(2), derive_key(3)], np.uint64)
+_SALTS: Final = np.array([derive_key(1), derive_key(2)], np.uint64)
 _LOW: Final = np.array(0xFFFFFFFF, np.uint64)
 _HALF: Final = np.array(32, np.uint64)
+_STREAM_BITS: Final = np.array(50, np.uint64)
 
 
 class RowTally:
@@ -110,11 +111,12 @@ class RowTally:
 
 
 def _sum_of_hashes(positions: Int64s, stream: npt.NDArray[np.int32], row_ids: Int64s) -> int:
-    # Each step is a bijection of the newest number for fixed others, so two rows can't collide in one half by design.
-    one = mix64(positions.astype(np.uint64) + _SALTS[0])
-    one = mix64(one + stream.astype(np.uint64) + _SALTS[1])
-    one = mix64(one ^ row_ids.astype(np.uint64))
-    two = mix64(one + _SALTS[2] ^ mix64(positions.astype(np.uint64) ^ mix64(row_ids.astype(np.uint64) + _SALTS[1])))
+    # A mixture has at most 2**50 positions, so that place names both. Each half mixes one number, then the other into
+    # it: rows that differ in one number alone can't collide at all, others only by chance, and not in both halves.
+    place = positions.astype(np.uint64) ^ (stream.astype(np.uint64) << _STREAM_BITS)
+    row = row_ids.astype(np.uint64)
+    one = mix64(mix64(place + _SALTS[0]) ^ row)
+    two = mix64(mix64(row + _SALTS[1]) ^ place)
     # Words of 64 bits wrap around; halves of them, of fewer than 2**32 rows, don't.
     low = int((one & _LOW).sum()) + (int((one >> _HALF).sum()) << 32)
     high = int((two & _LOW).sum()) + (int((two >> _HALF).sum()) << 32)

@@ -168,7 +168,7 @@ async def open_bare(url: str) -> AsyncIterator[OpenWorld]:
     clock = SystemClock()
     coord = MemoryCoordination()
     stores = open_stores(spec, Path.cwd())
-    work = open_store("memory://", name="work", base=Path.cwd(), layers=_layers())
+    work = open_store("memory://work", name="work", base=Path.cwd(), layers=_layers())
     async with contextlib.AsyncExitStack() as stack:
         for store in (*stores.values(), work):
             stack.push_async_callback(store.aclose)

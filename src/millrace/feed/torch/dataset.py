@@ -43,16 +43,15 @@ class FeedDataset(IterableDataset[Any]):  # type: ignore[misc,unused-ignore]  # 
         loader = make(**options)
         sharing = loader.recipe.sharing  # of this process: its workers can't ask torch.distributed
         options.update(rank=sharing.rank, world_size=sharing.world_size)
-        self._open(functools.partial(make, **options), torch.zeros(3, dtype=torch.int64).share_memory_(), False)
-        self._loader: Loader | None = loader
-        self._serial = 0
+        goto = torch.zeros(3, dtype=torch.int64).share_memory_()
+        self._open(functools.partial(make, **options), goto, in_parcels=False, loader=loader)
 
-    def _open(self, make: Callable[[], Loader], goto: Any, in_parcels: bool) -> None:
+    def _open(self, make: Callable[[], Loader], goto: Any, *, in_parcels: bool, loader: Loader | None) -> None:
         self._make = make
         self._goto = goto  # (serial, epoch, position): where the main process wants all workers to begin
         self._in_parcels = in_parcels
         self._process = os.getpid()
-        self._loader = None
+        self._loader = loader
         self._serial = -1  # the serial of the goto that was followed last
         self._within: int | None = None  # the epoch of a loop here that has not ended
         self._at_end = False
@@ -96,7 +95,6 @@ class FeedDataset(IterableDataset[Any]):  # type: ignore[misc,unused-ignore]  # 
         """Have all workers begin their next loop there."""
         self._goto[1], self._goto[2] = place.epoch, place.position
         self._goto[0] += 1
-        self._serial = int(self._goto[0])
 
     def state_dict(self) -> dict[str, Any]:
         """Where this process stands: without workers what ``loader.state_dict()`` gives, in a worker its own part."""
@@ -139,13 +137,17 @@ class FeedDataset(IterableDataset[Any]):  # type: ignore[misc,unused-ignore]  # 
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
-        return self._here() if info is None else self._in_worker(info.id, info.num_workers)
+        if info is None:
+            return self._here()
+        if self._in_parcels:
+            return parcels(lambda: (self.loader, self._in_worker(info.id, info.num_workers)), info.id)
+        return self._in_worker(info.id, info.num_workers)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"make": self._make, "goto": self._goto, "in_parcels": self._in_parcels}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._open(**state)
+        self._open(**state, loader=None)
 
     def in_parcels(self) -> FeedDataset:
         """Have workers give parcels: batches with their account. For ``FeedDataLoader``."""
@@ -181,8 +183,7 @@ class FeedDataset(IterableDataset[Any]):  # type: ignore[misc,unused-ignore]  # 
         self._next = Place(place.epoch, min(first * size, total))
         if place.position >= total > 0:
             return iter(())
-        batches = self._counted(loader.part_of(0 if own else worker, workers), first, workers, total)
-        return parcels(loader, batches, worker) if self._in_parcels else batches
+        return self._counted(loader.part_of(0 if own else worker, workers), first, workers, total)
 
     def _counted(self, batches: Iterator[Any], first: int, workers: int, total: int) -> Iterator[Any]:
         """The batches, and after each of them the next one's place noted."""
@@ -201,5 +202,3 @@ def _worker(share: Any) -> str:
     if isinstance(share, list | tuple) and len(share) == 2:
         return f"worker {share[0]} of {share[1]}"
     return "a feed without workers"
-
-

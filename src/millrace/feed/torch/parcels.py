@@ -16,7 +16,7 @@ from millrace.feed.receipt import QuarantinedRow, Receipt, Traffic
 from millrace.feed.state import Place
 from millrace.feed.tally import RowTally
 
-__all__ = ["Collected", "Parcel", "Totals", "collate_parcel", "error_of", "parcels"]
+__all__ = ["Collected", "Parcel", "Totals", "add_stats", "add_traffic", "collate_parcel", "error_of", "parcels"]
 
 _TOTALS_EVERY: Final = 16
 """Batches of a worker from one report of what it read to the next; the last is told with its last word."""
@@ -58,16 +58,19 @@ class Parcel(NamedTuple):
     failure: Failure | None = None
 
 
-def parcels(loader: Loader, batches: Iterator[Any], worker: int) -> Iterator[Parcel]:
+def parcels(begin: Callable[[], tuple[Loader, Iterator[Any]]], worker: int) -> Iterator[Parcel]:
     """The parcels of one worker and one epoch: its batches, and a last word.
 
     Args:
-        loader: That makes the batches.
-        batches: ``loader.part_of(...)``.
+        begin: Opens the loader, and begins on the worker's part of the epoch.
         worker: Its number.
     """
-    told = _newest(loader)
-    count = 0
+    try:
+        loader, batches = begin()
+    except MillraceError as error:
+        yield Parcel(worker, failure=Failure.of(error, blame="place"))
+        return
+    failure, told, count = None, _newest(loader), 0
     try:
         for batch in batches:
             part = loader.take_part()
@@ -76,11 +79,9 @@ def parcels(loader: Loader, batches: Iterator[Any], worker: int) -> Iterator[Par
             totals = None if count % _TOTALS_EVERY else _totals(loader)
             yield Parcel(worker, batch, True, part, events, totals)
     except MillraceError as error:
-        events, told = _since(loader, told)
-        yield Parcel(worker, events=events, totals=_totals(loader), failure=Failure.of(error, blame="place"))
-        return
+        failure = Failure.of(error, blame="place")
     events, told = _since(loader, told)
-    yield Parcel(worker, events=events, totals=_totals(loader))
+    yield Parcel(worker, events=events, totals=_totals(loader), failure=failure)
 
 
 def collate_parcel(collate: Callable[[Any], Any], parcel: Parcel) -> Parcel:
@@ -165,4 +166,16 @@ def _since(loader: Loader, told: FeedEvent | None) -> tuple[tuple[FeedEvent, ...
 def add_stats(all_stats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Of several loaders, as one: sums, and the longest wait."""
     names = all_stats[0] if all_stats else {}
-    return {name: (max if name == "waited_max_s" else sum)(s[name] for s in all_stats) for name in names}
+    return {name: round((max if name == "waited_max_s" else sum)(s[name] for s in all_stats), 6) for name in names}
+
+
+def add_traffic(all_traffic: Sequence[Traffic]) -> tuple[Traffic, ...]:
+    """Of several workers, as one: sums, by store."""
+    found: dict[str, Traffic] = {}
+    for new in all_traffic:
+        old = found.get(new.store)
+        if old is not None:
+            dollars = None if old.dollars is None or new.dollars is None else old.dollars + new.dollars
+            new = replace(old, bytes=old.bytes + new.bytes, wasted=old.wasted + new.wasted, dollars=dollars)
+        found[new.store] = new
+    return tuple(found[store] for store in sorted(found))

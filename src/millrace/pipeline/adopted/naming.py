@@ -47,27 +47,27 @@ class Chosen:
 
 
 def choose(
-    listed: Sequence[SourceObject], *, url: str, encoding: Encoding | None = None, everything: bool = False
+    listed: Sequence[SourceObject], *, url: str, encoding: Encoding | None = None, included: bool = False
 ) -> Chosen:
     """Choose the files to adopt.
 
-    Without ``everything``, those whose names end as files of one format do, wherever no part of their path begins with
-    ``_`` or ``.``, as Spark, pyarrow and others pass over those.
+    Those whose names end as files of one format do. Unless they were chosen by globs, no part of their path may begin
+    with ``_`` or ``.``, as Spark, pyarrow and others pass over those. With globs and a format, all are taken.
 
     Args:
         listed: All files that globs left, in order.
         url: Where, for sentences.
         encoding: The format; None finds it from the names.
-        everything: Take all of them, whatever they are called; for a format that was named together with globs.
+        included: Whether include globs chose them.
 
     Raises:
         UsageError: there are none, or of several formats.
         SourceError: one is compressed as a whole; names it.
     """
-    if everything and encoding is not None:
+    if included and encoding is not None:
         kept = [obj for obj in listed if _base(obj.path) != _INDEX or encoding != "mds"]
     else:
-        visible = [obj for obj in listed if not _is_hidden(obj.path)]
+        visible = [obj for obj in listed if included or not _is_hidden(obj.path)]
         encoding = encoding or _only_format(visible, url)
         kept = [obj for obj in visible if _format_of(obj.path) == encoding or _compressed(obj.path, encoding)]
     if not kept:
