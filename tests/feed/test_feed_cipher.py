@@ -11,7 +11,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millrace.feed.cipher import Domains, derive_key, derive_keys, make_domains, mix64, permutation, permute
@@ -67,11 +67,13 @@ def test_sizes_beyond_32_bits_collide_nowhere() -> None:
         assert len(np.unique(moved)) == len(places)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000), st.integers(0, MASK))
 def test_any_size_and_key_is_a_bijection(size: int, key: int) -> None:
     assert (np.bincount(permutation(size, key), minlength=size) == 1).all()
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=12), st.integers(0, 1 << 32), st.data())
 def test_a_place_moves_alone_as_among_others(sizes: list[int], seed: int, data: st.DataObject) -> None:
     sizes_of = np.array([*sizes, 70, LARGE] if data.draw(st.booleans()) else sizes, np.int64)

@@ -388,3 +388,38 @@ def test_receipts_don_t_merge_when_something_is_missing(make_loader: MakeLoader,
     list(ranks[0])
     with pytest.raises(UsageError, match="different feeds: epoch 1"):
         merge_receipts([ranks[0].receipt(), parts[1]])
+
+
+class Shelf:
+    """A cache that keeps everything, and what it is told about when blocks are needed."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[str, bytes] = {}
+        self.told: dict[str, float] = {}
+
+    def read(self, name: str, alloc: Callable[[int], memoryview]) -> bool:
+        if name not in self.blocks:
+            return False
+        alloc(len(self.blocks[name]))[:] = self.blocks[name]
+        return True
+
+    async def fill(self, name: str, fetch: Any) -> Any:
+        if name in self.blocks:
+            return None
+        pieces = await fetch()
+        self.blocks[name] = b"".join(pieces)
+        return pieces
+
+    def needed_many(self, needs: Any, *, after_read: bool = False) -> None:
+        assert after_read
+        self.told |= dict(needs)
+
+
+def test_the_cache_hears_of_each_block_that_is_done_with(make_loader: MakeLoader, source_of: SourceOf) -> None:
+    source = source_of(numbered([2000] * 60))
+    shelf = Shelf()
+    loader = make_loader(source, 100, shuffle="blocks", memory=10 * 2**16, cache=shelf)
+    list(loader)
+    list(loader)
+    assert len(shelf.told) == 60
+    assert sorted(source.fetched) == list(range(60))  # once: the second epoch was all on the shelf

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millrace.core.errors import UsageError
@@ -64,6 +64,7 @@ def plans(draw: st.DrawFn) -> OrderPlan:
 # --- the law --------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(plans(), layouts, st.integers(0, 2**40), st.integers(0, 5))
 def test_an_epoch_has_every_row_once(plan: OrderPlan, rows: Int64s, epoch: int, stream: int) -> None:
     order = order_of(plan, rows, epoch, stream)
@@ -73,6 +74,7 @@ def test_an_epoch_has_every_row_once(plan: OrderPlan, rows: Int64s, epoch: int, 
     assert (order.locate(np.arange(order.rows)).stream == stream).all()
 
 
+@settings(deadline=None)
 @given(plans(), layouts, st.integers(0, 2**32))
 def test_a_position_has_its_row_whatever_is_asked_beside_it(plan: OrderPlan, rows: Int64s, seed: int) -> None:
     order = order_of(plan, rows)
@@ -82,6 +84,7 @@ def test_a_position_has_its_row_whatever_is_asked_beside_it(plan: OrderPlan, row
     assert (ids(order_of(plan, rows), rows, some[:1]) == whole[some[:1]]).all()
 
 
+@settings(deadline=None)
 @given(plans(), layouts)
 def test_a_lane_and_an_index_name_the_same_row_as_the_position(plan: OrderPlan, rows: Int64s) -> None:
     order = order_of(plan, rows)
@@ -109,6 +112,7 @@ def block_sequence(plan: OrderPlan, rows: Int64s, epoch: int) -> Int64s:
     return found[np.flatnonzero(np.diff(found, prepend=-1))]
 
 
+@settings(deadline=None)
 @given(layouts.filter(len), st.integers(1, 90), st.integers(1, 12), st.integers(0, 99))
 def test_a_row_never_leaves_its_lane_nor_its_window(rows: Int64s, lanes: int, window: int, epoch: int) -> None:
     plan = OrderPlan(5, Shuffle.WINDOW, lanes, window)
@@ -128,6 +132,7 @@ def test_a_row_never_leaves_its_lane_nor_its_window(rows: Int64s, lanes: int, wi
         begin += int(length)
 
 
+@settings(deadline=None)
 @given(layouts, st.integers(0, 99))
 def test_only_blocks_move_in_blocks_and_nothing_in_none(rows: Int64s, epoch: int) -> None:
     order = order_of(OrderPlan(3, Shuffle.NONE, 1, 1), rows, epoch)
@@ -227,7 +232,7 @@ def test_the_fingerprint_is_of_the_order_and_not_of_the_epoch() -> None:
         (1_000_000, 900 * MB, 8, 1),
         (1_000_000, 10_000, 64, 64),
         (512, 4_500_000, 64, 1),
-        (512, 4_500_001, 32, 2),
+        (512, 4_500_001, 32, 1),
     ],
 )
 def test_defaults_come_from_the_blocks(blocks: int, block_bytes: int, lanes: int, window: int) -> None:
@@ -300,6 +305,7 @@ def test_another_cut_into_lanes_must_be_one(cut: list[int]) -> None:
         EpochOrder(OrderPlan(1, Shuffle.WINDOW, 3, 2), rows, manifest="m", epoch=0, lane_starts=np.array(cut))
 
 
+@settings(deadline=None)
 @given(layouts, st.lists(st.integers(0, 5000), max_size=8), st.integers(0, 9))
 def test_lanes_of_any_length_have_every_row_once(rows: Int64s, cuts: list[int], seed: int) -> None:
     total = int(rows.sum())
@@ -349,15 +355,13 @@ def test_epochs_and_windows_are_not_related() -> None:
     assert abs(correlations.mean()) < 5 / math.sqrt(512 * 2016)
 
 
-def test_a_row_is_at_any_position_equally_often() -> None:
-    rows = np.array([5, 9, 1, 20, 5], np.int64)
-    epochs, count = 4000, int(rows.sum())
-    for plan in (OrderPlan(1, Shuffle.WINDOW, 3, 2), OrderPlan(1, Shuffle.FULL, 3, 1)):
-        found = np.array([ids(order_of(plan, rows, epoch), rows) for epoch in range(epochs)])
-        for position in (0, 7, count - 1):
-            counts = np.bincount(found[:, position], minlength=count)
-            if plan.shuffle is Shuffle.FULL:
-                chi_square = float(((counts - epochs / count) ** 2 / (epochs / count)).sum())
-                assert abs(chi_square - (count - 1)) < 5 * math.sqrt(2 * (count - 1))
-            # In windows a row's place is tied to its block's; every row still comes everywhere.
-            assert counts.min() > 0
+@pytest.mark.parametrize("plan", [OrderPlan(1, Shuffle.WINDOW, 4, 2), OrderPlan(1, Shuffle.FULL, 3, 1)])
+def test_a_row_is_at_any_position_equally_often(plan: OrderPlan) -> None:
+    # Lanes begin with a block here. Where one begins inside a block, that is cut at the same row in every epoch.
+    rows = np.full(8, 13, np.int64)
+    epochs, count = 2000, int(rows.sum())
+    some = np.array([0, 1, 44, count - 1])
+    found = np.array([ids(order_of(plan, rows, epoch), rows, some) for epoch in range(epochs)])
+    for column in found.T:
+        chi_square = float(((np.bincount(column, minlength=count) - epochs / count) ** 2 / (epochs / count)).sum())
+        assert abs(chi_square - (count - 1)) < 5 * math.sqrt(2 * (count - 1))

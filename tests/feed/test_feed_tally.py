@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millrace.core.errors import UsageError
@@ -29,6 +29,7 @@ def tally(some: Rows) -> RowTally:
     return counted
 
 
+@settings(deadline=None)
 @given(rows, st.randoms(use_true_random=False), st.integers(0, 40))
 def test_it_doesnt_matter_who_counts_what_when(some: Rows, random: Any, cut: int) -> None:
     shuffled = list(some)
@@ -40,6 +41,7 @@ def test_it_doesnt_matter_who_counts_what_when(some: Rows, random: Any, cut: int
     assert parts.rows == len(some)
 
 
+@settings(deadline=None)
 @given(rows.filter(bool), st.integers(0, 39), st.integers(0, 2), st.integers(1, 9))
 def test_any_other_row_shows(some: Rows, at: int, field: int, by: int) -> None:
     at %= len(some)
@@ -48,6 +50,7 @@ def test_any_other_row_shows(some: Rows, at: int, field: int, by: int) -> None:
     assert tally([tuple(row) for row in other]).hexdigest() != tally(some).hexdigest()  # type: ignore[misc]
 
 
+@settings(deadline=None)
 @given(rows.filter(bool))
 def test_lost_and_repeated_rows_show(some: Rows) -> None:
     assert tally(some[:-1]) != tally(some)
@@ -71,6 +74,7 @@ def test_the_hash_stays_what_it_is() -> None:
     assert counted.hexdigest() == "ea43c2f4fe3e9bfd5dcc2a3ed1bee14c"
 
 
+@settings(deadline=None)
 @given(rows)
 def test_it_goes_through_json(some: Rows) -> None:
     counted = tally(some)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from millrace.catalog.versions import label
 from millrace.core.facts import ReplicaEntry, VersionRecord
 from millrace.core.keys import manifest_key, segment_key
@@ -14,10 +16,19 @@ IN_PLACE = Placement(replicas=1, min_clouds=1)
 """What is held against a file that was adopted: that it is there. Copies of it are whoever's it is to make."""
 
 
-def is_in_place(entry: ReplicaEntry) -> bool:
-    """Whether an object is a file that was adopted: Millrace names its own by digest."""
+def is_in_place(entry: ReplicaEntry, adopted: Collection[str] = ()) -> bool:
+    """Whether an object is a file that was adopted and nothing else.
+
+    Millrace names its own by digest. A file that is named so too, since it was adopted from a store of another world,
+    is known by where it lies.
+
+    Args:
+        entry: The object.
+        adopted: Names of the places whose files were adopted.
+    """
     digest = Digest(entry.digest)
-    return entry.key not in {shard_key(digest), segment_key(digest), manifest_key(digest)}
+    is_named_otherwise = entry.key not in {shard_key(digest), segment_key(digest), manifest_key(digest)}
+    return is_named_otherwise or (bool(entry.stores) and all(name in adopted for name in entry.stores))
 
 
 def lost_words(version: VersionRecord) -> str:

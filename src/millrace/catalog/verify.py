@@ -79,9 +79,10 @@ async def verify(
             manifest, lost = None, str(error)
         pages = _Pages(coord, version, manifest)
         total = await _totals(pages) if progress is not None else (0, 0)
-        own = {name: store for name, store in stores.items() if name not in adopted}
-        repairer = Repairer(own, sites, policy_of(version), clock) if repair else None
-        work = _Verification(coord, stores, sites, version, clock, repairer, slots, total, progress, set(own))
+        own = [site for site in sites if site.name not in adopted]
+        repairer = Repairer(stores, own, policy_of(version), clock) if repair else None
+        places = frozenset(adopted)
+        work = _Verification(coord, stores, sites, version, clock, repairer, slots, total, progress, places)
         async for key, entries in pages.all():
             await work.page(key, entries)
         if manifest is None and not any(f.object == manifest_key(Digest(version.digest)) for f in work.findings):
@@ -167,14 +168,14 @@ class _Verification:
         slots: int,
         total: tuple[int, int],
         progress: Callable[[VerifyProgress], None] | None,
-        own: Collection[str],
+        adopted: frozenset[str],
     ) -> None:
         self.findings: list[Finding] = []
         self._coord = coord
         self._sites = {site.name: site for site in sites if site.name in stores}
         self._version = version
         self._policy = policy_of(version)
-        self._own = own
+        self._adopted = adopted
         self._clock = clock
         self._inspector = Inspector(stores, clock, slots=slots)
         self._repairer = repairer
@@ -253,7 +254,9 @@ class _Verification:
         if not any(c.verdict is Verdict.WHOLE for c in checks):
             # Adopted files are looked for where files were adopted, Millrace's own objects in its own stores.
             elsewhere = [
-                name for name in self._sites if name not in entry.stores and (name in self._own) != is_in_place(entry)
+                name
+                for name in self._sites
+                if name not in entry.stores and (name in self._adopted) == is_in_place(entry, self._adopted)
             ]
             more = await self._inspector.check_all(entry, elsewhere)
             checks += [c for c in more if c.verdict is Verdict.WHOLE]
@@ -266,8 +269,10 @@ class _Verification:
             if c.verdict is not Verdict.WHOLE
         ]
         whole = [c.store for c in checks if c.verdict is Verdict.WHOLE]
-        policy = IN_PLACE if is_in_place(entry) else self._policy
-        short = shortfall(self._legal(whole), policy)
+        if is_in_place(entry, self._adopted):
+            short = shortfall(self._legal(whole), IN_PLACE)
+        else:
+            short = shortfall(self._legal(self._counted(whole)), self._policy)
         self._counts[Fault.UNDER_REPLICATED] += bool(short)
         if not whole and not any(c.verdict is Verdict.UNREADABLE for c in checks):
             found.append(self.finding(entry.key, "", Fault.LOST, lost_words(self._version)))
@@ -282,6 +287,10 @@ class _Verification:
                 found.append(self.finding(entry.key, check.store, Fault.FORBIDDEN, sentence))
         return found
 
+    def _counted(self, whole: Sequence[str]) -> list[str]:
+        """What the policy counts: not what lies where files were adopted, as it may go at any time."""
+        return [name for name in whole if name not in self._adopted]
+
     def _legal(self, names: Sequence[str]) -> list[StoreSite]:
         sites = [self._sites[name] for name in names if name in self._sites]
         return [site for site in sites if legal(site, self._policy) is None]
@@ -292,7 +301,7 @@ class _Verification:
         whole = [c.store for c in checks if c.verdict is Verdict.WHOLE]
         bad = [c.store for c in checks if c.verdict is not Verdict.WHOLE]
         unknown = [name for name in whole if name not in entry.stores]
-        if is_in_place(entry):
+        if is_in_place(entry, self._adopted):
             self._forget(whole, bad, unknown, outcome)
             return
         if not whole:
@@ -300,7 +309,7 @@ class _Verification:
                 replace(f, repair="no whole copy can be read to restore it from") for f in outcome.findings
             ]
             return
-        if not (bad or unknown or shortfall(self._legal(whole), self._policy)):
+        if not (bad or unknown or shortfall(self._legal(self._counted(whole)), self._policy)):
             return
         try:
             restored = await repairer.restore(entry, checks)

@@ -10,7 +10,7 @@ import asyncio
 import concurrent.futures
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -23,6 +23,7 @@ from millrace.core.ports import Bytes
 from millrace.feed.arena import Arena, Room
 from millrace.feed.background import Background
 from millrace.feed.columns import Bound, Column, bind
+from millrace.feed.foresight import Foresight
 from millrace.feed.index import BlockIndex
 
 __all__ = ["BlockPool", "BlockSource", "Loaded", "LocalBlocks", "PoolStats"]
@@ -41,6 +42,9 @@ class LocalBlocks(Protocol):
 
     async def fill(self, name: str, fetch: _Fetch) -> Sequence[Bytes] | None:
         """Have it there: None if it was, or what ``fetch`` gave."""
+
+    def needed_many(self, needs: Iterable[tuple[str, float]], *, after_read: bool = False) -> None:
+        """When blocks will next be needed: pairs of a name and seconds since 1970."""
 
 
 class _Alloc(Protocol):
@@ -113,6 +117,7 @@ class BlockPool:
         background: Where fetches run.
         budget_bytes: For blocks in memory, loaded ahead included.
         ahead_bytes: For blocks on their way into the cache.
+        foresight: Says when blocks come up again, for the cache.
     """
 
     def __init__(
@@ -125,9 +130,12 @@ class BlockPool:
         background: Background,
         budget_bytes: int,
         ahead_bytes: int,
+        foresight: Foresight,
     ) -> None:
         self._sources = tuple(sources)
         self._columns = tuple(columns)
+        self._foresight = foresight
+        self._done_with: list[int] = []  # let go of, and the cache not yet told
         self._schema = schema
         self._cache = cache
         self._background = background
@@ -217,6 +225,8 @@ class BlockPool:
             self._slot[block] = -1
             self._loaded[slot] = None
             self._owner[slot] = -1
+            if self._cache is not None:
+                self._done_with.append(block)
 
     def reset(self) -> None:
         """Another place in the order, or another epoch: what was to come no longer is."""
@@ -258,6 +268,9 @@ class BlockPool:
 
     def _pump(self, span: int) -> None:
         """Begin loading what comes next, as far as the budget goes, and fill the cache beyond that."""
+        if self._done_with:
+            self._threads.submit(self._tell_cache, self._done_with)
+            self._done_with = []
         while self._coming:
             g = self._coming[0]
             if self._slot[g] >= 0 or g in self._loading:
@@ -328,6 +341,11 @@ class BlockPool:
                 done.set_result(loaded)
         except BaseException as error:  # whoever needs the block hears of it
             done.set_exception(error)
+
+    def _tell_cache(self, blocks: list[int]) -> None:
+        if self._cache is not None:
+            names = [source.name(block) for source, block in map(self._split, blocks)]
+            self._cache.needed_many(zip(names, self._foresight.needs(blocks), strict=True), after_read=True)
 
     def _read_local(self, source: BlockSource, block: int) -> Loaded | None:
         if self._cache is None:

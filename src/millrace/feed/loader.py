@@ -14,6 +14,7 @@ from millrace.feed.assemble import Assembler
 from millrace.feed.background import Background
 from millrace.feed.blocks import BlockPool, LocalBlocks
 from millrace.feed.events import FeedEvent
+from millrace.feed.foresight import Foresight
 from millrace.feed.order import Order
 from millrace.feed.receipt import Receipt, Traffic
 from millrace.feed.recipe import Recipe
@@ -57,6 +58,7 @@ class Loader:
         self._clock = clock
         self._traffic = traffic
         self._events = events
+        self._foresight = Foresight(recipe.order, clock)
         self._pool = BlockPool(
             recipe.sources,
             recipe.columns,
@@ -65,6 +67,7 @@ class Loader:
             background=background,
             budget_bytes=recipe.memory_bytes,
             ahead_bytes=recipe.ahead_bytes,
+            foresight=self._foresight,
         )
         self._assembler = Assembler(recipe, self._pool, self._set_aside)
         self._orders: dict[int, Order] = {}
@@ -222,7 +225,9 @@ class Loader:
             number=self._next_span,
             span_rows=self.recipe.window_rows // 8 // workers,
         )
+        self._foresight.begin(self._place, end)
         while (span := planner.take()) is not None:
+            self._foresight.at(self._place)
             self._next_span = span.number + 1
             found = self._assembler.find(span)
             for step in range(span.steps):

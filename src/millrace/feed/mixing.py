@@ -257,6 +257,11 @@ class MixedOrder:
             seed=self._seed,
         )
 
+    def lane_cuts(self, stream: int) -> Int64s:
+        """How a stream's rows are cut into lanes: int64, shape (lanes + 1,), from 0 to its rows."""
+        cuts: Int64s = self._layout.cuts[stream]
+        return cuts
+
     def locate(self, positions: Int64s) -> Located:
         """The rows at these positions (int64, shape (n,), in any order).
 
@@ -275,6 +280,23 @@ class MixedOrder:
                 there = np.flatnonzero(stream == k)
                 found.block[start + there], found.row[start + there] = self._read(int(k), lane[there], own[there])
         return found
+
+    def first_positions(self) -> Int64s:
+        """For each block, counted through all streams, about where it is first needed: int64, shape (blocks,).
+
+        At or past ``rows`` if that is not in this epoch. It is reckoned by the stream's share of the whole epoch.
+        """
+        found: list[Int64s] = []
+        for k, stream in enumerate(self._streams):
+            total, taken = self._rows_per_stream[k], int(self._layout.taken[k, -1].sum())
+            if not taken:
+                found.append(np.full(len(stream.rows_per_block), _ROWS_MAX, np.int64))
+                continue
+            number, done = divmod(self._epoch * taken, total)
+            at = self._pass(k, number).first_positions()
+            ahead = np.where(at >= done, at - done, at - done + total)
+            found.append((ahead * (self.rows / taken)).astype(np.int64))
+        return np.concatenate(found)
 
     def _deal(self, positions: Int64s, index: Int64s, lane: Int64s) -> tuple[Int64s, Int64s]:
         """The stream of each place in a lane, and the index in that stream's own lane, through all its passes."""

@@ -200,6 +200,12 @@ class Order(Protocol):
             IndexError: a position is not in [0, rows).
         """
 
+    def first_positions(self) -> Int64s:
+        """For each block, counted through all streams, about where it is first needed: int64, shape (blocks,).
+
+        At or past ``rows`` if that is not in this epoch.
+        """
+
 
 def fingerprint_of(**parts: object) -> str:
     """A digest of named JSON-safe values and the version of the order: 64 hexadecimal letters."""
@@ -373,6 +379,27 @@ class EpochOrder:
             span = slice(start, start + SPAN)
             blocks[span], rows[span] = self._find(sequence[span])
         return blocks, rows
+
+    def first_positions(self) -> Int64s:
+        """For each block, in dataset order, about where in the epoch it is first needed: int64, shape (blocks,).
+
+        That is where the first window begins that has rows of it: never later than they come.
+        """
+        if self._steps is None:
+            return np.zeros(0, np.int64)
+        begins = self._steps.edges[:-1]
+        if self._windows is not None:
+            begins = self._windows.steps.edges.take(self._windows.steps.find(begins))
+        lane = np.searchsorted(self._lane_starts, begins, side="right") - 1
+        positions = (begins - self._lane_starts.take(lane)) * self._plan.lanes + lane
+        # A lane that begins inside of a block needs it at once, though the lane before may need it at its very end.
+        lanes = np.flatnonzero(np.diff(self._lane_starts))
+        np.minimum.at(positions, self._steps.find(self._lane_starts.take(lanes)), lanes)
+        if self._blocks is None:
+            return positions
+        found = np.empty_like(positions)
+        found[self._blocks] = positions
+        return found
 
     def _find(self, sequence: Int64s) -> tuple[Int64s, Int64s]:
         """Block and row at these places in the sequence of rows of the permuted blocks."""

@@ -52,6 +52,7 @@ class FeedDataset(IterableDataset[Any]):  # type: ignore[misc,unused-ignore]  # 
         self._in_parcels = in_parcels
         self._process = os.getpid()
         self._loader = loader
+        self._first: tuple[int, int, int] | None = None  # in a worker: what the goto was when it was started
         self._serial = -1  # the serial of the goto that was followed last
         self._within: int | None = None  # the epoch of a loop here that has not ended
         self._at_end = False
@@ -144,10 +145,12 @@ class FeedDataset(IterableDataset[Any]):  # type: ignore[misc,unused-ignore]  # 
         return self._in_worker(info.id, info.num_workers)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"make": self._make, "goto": self._goto, "in_parcels": self._in_parcels}
+        first = self._goto.tolist()
+        return {"make": self._make, "goto": self._goto, "in_parcels": self._in_parcels, "first": first}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._open(**state, loader=None)
+        self._open(state["make"], state["goto"], in_parcels=state["in_parcels"], loader=None)
+        self._first = tuple(state["first"])
 
     def in_parcels(self) -> FeedDataset:
         """Have workers give parcels: batches with their account. For ``FeedDataLoader``."""
@@ -168,15 +171,8 @@ class FeedDataset(IterableDataset[Any]):  # type: ignore[misc,unused-ignore]  # 
 
     def _in_worker(self, worker: int, workers: int) -> Iterator[Any]:
         loader = self.loader
-        serial = int(self._goto[0])
-        place, own = self._resume, True
-        if place is None:
-            own = False
-            if serial != self._serial:
-                place = Place(int(self._goto[1]), int(self._goto[2]))
-            else:
-                place = Place(0 if self._next is None else self._next.epoch + 1, 0)
-        self._serial, self._resume, self._share = serial, None, (worker, workers)
+        own, place = self._resume is not None, self._resume or self._begins()
+        self._resume, self._share = None, (worker, workers)
         loader.load_state_dict(self._encode(place))
         total, size = loader.receipt().total, loader.recipe.sharing.batch_size
         first = -(-place.position // size) + (0 if own else worker)
@@ -184,6 +180,18 @@ class FeedDataset(IterableDataset[Any]):  # type: ignore[misc,unused-ignore]  # 
         if place.position >= total > 0:
             return iter(())
         return self._counted(loader.part_of(0 if own else worker, workers), first, workers, total)
+
+    def _begins(self) -> Place:
+        """Where a worker's next loop begins, before its share is taken."""
+        serial, epoch, position = self._first or self._goto.tolist()
+        if self._in_parcels:
+            # Told before each loop. It may be that of a later one already: then nobody takes what this one gives.
+            return Place(*self._goto.tolist()[1:])
+        self._first = None
+        if serial != self._serial:
+            self._serial = serial
+            return Place(epoch, position)
+        return Place(0 if self._next is None else self._next.epoch + 1, 0)
 
     def _counted(self, batches: Iterator[Any], first: int, workers: int, total: int) -> Iterator[Any]:
         """The batches, and after each of them the next one's place noted."""
