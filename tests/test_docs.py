@@ -26,6 +26,7 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 from typer.main import get_command
 
+import millrace.cli.adopt
 import millrace.cli.catalog
 import millrace.cli.demo
 import millrace.cli.feed

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Files = Mapping[str, bytes]
 
+ALL = Keep()
 ONE: Files = {"model.bin": b"1" * 2500, "optim/a.bin": b"a" * 900, "optim/b.bin": b"", "same.txt": b"same"}
 TWO: Files = {**ONE, "model.bin": b"2" * 2500}
 """Of several parts each, as parts are 1000 bytes here."""
@@ -73,7 +74,7 @@ class Yard:
         return await save_locally(depot or self.depot(), Saving(step, self.state(files), **more))
 
     @contextlib.asynccontextmanager
-    async def series(self, keep: Keep = Keep(), depot: Depot | None = None) -> AsyncIterator[Series]:
+    async def series(self, keep: Keep = ALL, depot: Depot | None = None) -> AsyncIterator[Series]:
         series = Series(depot or self.depot(), keep, self.folder / "restored")
         await series.open()
         try:

@@ -211,7 +211,9 @@ def test_a_full_disk_while_staging_leaves_nothing_of_it_and_all_of_the_others(ya
         await yard.save(5, ONE)
         before = await yard.local.keys()
         full = Fault(yard.local, name="local", plan=FaultPlan(no_space_after_bytes=1500), rng=random.Random(1))
-        with pytest.raises(NoSpace, match=r"step 6 of run-7 was not saved, and what was there before is as it was: .*no space"):
+        with pytest.raises(
+            NoSpace, match=r"step 6 of run-7 was not saved, and what was there before is as it was: .*no space"
+        ):
             await yard.save(6, {"a": random.Random(2).randbytes(9000)}, yard.depot(local=full))
         assert await yard.local.keys() == before
         found = await yard.newest()
@@ -270,21 +272,27 @@ def test_a_save_that_is_cancelled_anywhere_is_there_whole_or_not_at_all(yard: Ya
             step = 10 + number
             files = {"a": b"%d" % number * 3500, "b": b"%d" % -number}
 
-            async def cancel() -> None:
-                assert task is not None
-                task.cancel()
-                await asyncio.sleep(0)
+            reached = asyncio.Event()
 
-            watched: Any = Watched(yard.local, number, cancel)
-            task: asyncio.Task[Any] | None = None
+            async def wait(reached: asyncio.Event = reached) -> None:
+                reached.set()
+                await asyncio.Event().wait()
+
+            watched: Any = Watched(yard.local, number, wait)
             task = asyncio.create_task(yard.save(step, files, yard.depot(local=watched)))
-            done = (await asyncio.gather(task, return_exceptions=True))[0]
+            there = asyncio.create_task(reached.wait())
+            await asyncio.wait((task, there), return_when=asyncio.FIRST_COMPLETED)
+            there.cancel()
+            if reached.is_set():
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
             found = await yard.newest()
-            if isinstance(done, BaseException):
+            if reached.is_set():
                 assert found is None or found.manifest.step < step
             else:
                 assert found is not None
-                assert found.manifest == done
+                assert found.manifest == (done := await task)
         keys = await yard.local.keys()
         named = {checkpoint_object("run-7", d) for d in parts_of(done)} | {key_of(done)}
         assert named <= keys
@@ -299,7 +307,7 @@ def test_a_file_that_is_written_to_meanwhile_is_refused(yard: Yard) -> None:
                 file.write_bytes(b"other bytes")
 
         watched: Any = Watched(yard.local, 2, grow)
-        with pytest.raises(SourceChanged, match="model.bin changed while it was being saved"):
+        with pytest.raises(SourceChanged, match=r"model\.bin changed while it was being saved"):
             await yard.save(5, ONE, yard.depot(local=watched))
         assert await yard.local.keys() == set()
 
@@ -313,7 +321,8 @@ def test_the_same_again_is_fine_and_something_else_is_refused(yard: Yard) -> Non
     async def scenario() -> None:
         first = await yard.save(5, ONE)
         assert await yard.save(5, ONE) == first
-        for files, more in ((TWO, {}), (ONE, {"loader_state": {"at": 1}})):
+        others: list[tuple[dict[str, bytes], dict[str, Any]]] = [(TWO, {}), (ONE, {"loader_state": {"at": 1}})]
+        for files, more in others:
             with pytest.raises(UsageError, match=r"step 5 of run-7 was saved before .*overwrite=True"):
                 await yard.save(5, files, **more)
         assert len(await yard.local.keys("checkpoints/run-7/objects")) == 4
@@ -477,7 +486,7 @@ def test_policy_is_a_wall(yard: Yard) -> None:
             with pytest.raises(Unavailable, match=r"placement.replicas is 3 .*az lies in eu"):
                 await yard.replicated(series, 6, TWO)
         assert yard.scene.stores["az"].reads == 0
-        with pytest.raises(PolicyRefused, match="placement.replicas is 5"):
+        with pytest.raises(PolicyRefused, match=r"placement\.replicas is 5"):
             check_policy(yard.scene.sites, Placement(replicas=5))
 
     asyncio.run(scenario())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +13,20 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from millrace.catalog.checkpoint_depot import LOCAL, gripped
 from millrace.catalog.checkpoint_manifest import key_of, parts_of
 from millrace.catalog.checkpoint_retention import GRACE_MS, Keep, plan, retain
 from millrace.catalog.checkpoint_save import Saving
-from millrace.catalog.checkpoint_survey import Known
+from millrace.catalog.checkpoint_survey import Known, read_manifest, survey
 from millrace.catalog.checkpoints import list_checkpoints, pin
 from millrace.core.errors import LeaseHeld, MillraceError, UsageError
 from millrace.core.facts import CheckpointManifest, CheckpointRecord
@@ -59,9 +67,7 @@ async def steps(yard: Yard) -> list[int]:
 
 
 async def objects(yard: Yard) -> dict[str, int]:
-    return {
-        name: len([key for key in keys if "/objects/" in key]) for name, keys in (await yard.everything()).items()
-    }
+    return {name: len([key for key in keys if "/objects/" in key]) for name, keys in (await yard.everything()).items()}
 
 
 # --- deciding -----------------------------------------------------------------------------------------------------
@@ -85,15 +91,20 @@ def known(step: int, mark: str, stores: tuple[str, ...], at_ms: int, *, state: s
     return Known(step, checkpoint_manifest("n", step, digest), stores, at_ms, record)
 
 
+Found = dict[int, list[tuple[tuple[str, ...], int, str | None, bool]]]
+"""Step to its versions: stores, when it was made, state, pinned."""
+
 places = st.sets(st.sampled_from([LOCAL, "a", "b"])).map(lambda s: tuple(sorted(s)))
 facts = st.tuples(places, st.integers(0, 100), st.sampled_from([None, "local", "replicated"]), st.booleans())
 several = st.dictionaries(st.integers(0, 12), st.lists(facts, min_size=1, max_size=2), max_size=8)
 keeps = st.builds(Keep, last=st.none() | st.integers(1, 4), for_ms=st.none() | st.integers(0, 100))
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(several, keeps)
-def test_what_must_stay_stays(found: dict[int, list[tuple[tuple[str, ...], int, str | None, bool]]], keep: Keep) -> None:
+def test_what_must_stay_stays(
+    found: dict[int, list[tuple[tuple[str, ...], int, str | None, bool]]], keep: Keep
+) -> None:
     everything = [
         known(step, "ab"[i], stores, at_ms, state=state if i == 0 else None, pinned=pinned)
         for step, versions in sorted(found.items(), reverse=True)
@@ -108,7 +119,7 @@ def test_what_must_stay_stays(found: dict[int, list[tuple[tuple[str, ...], int, 
     must += [k for k in newest if LOCAL in k.stores][:1]
     must += newest[: keep.last or 0]
     must += [k for k in newest if keep.for_ms is not None and k.at_ms + keep.for_ms > 100]
-    assert set(map(id, must)) <= set(map(id, decided.kept))
+    assert {k.key for k in must} <= {k.key for k in decided.kept}
     if not any(k.replicated for k in newest):
         assert all(k.stores == (LOCAL,) for k in decided.dropped)
     for gone in decided.dropped:
@@ -116,7 +127,7 @@ def test_what_must_stay_stays(found: dict[int, list[tuple[tuple[str, ...], int, 
         assert gone not in newest or keep != Keep()
     local = [k for k in decided.kept if LOCAL in k.stores]
     assert all(k in local and k.replicated for k in decided.only_remote)
-    assert not local or set(local) - set(decided.only_remote)
+    assert not local or len(local) > len(decided.only_remote)
 
 
 def test_rules_that_would_keep_nothing_are_refused() -> None:
@@ -130,10 +141,8 @@ def test_rules_that_would_keep_nothing_are_refused() -> None:
 
 def test_by_count_the_newest_stay_and_here_only_the_newest(yard: Yard) -> None:
     async def scenario() -> None:
-        made: list[CheckpointManifest] = []
         async with yard.series(Keep(last=3)) as series:
-            for step in (10, 20, 30, 40, 110):
-                made.append(await yard.replicated(series, step, files(step)))
+            made = [await yard.replicated(series, step, files(step)) for step in (10, 20, 30, 40, 110)]
         assert await steps(yard) == [110, 40, 30]
         for manifest in made[2:]:
             holders = await yard.holders(manifest)
@@ -227,10 +236,9 @@ def test_while_no_store_answers_the_older_of_this_machine_go_and_the_newest_stay
 
 async def own(yard: Yard, step: int) -> list[Digest]:
     """The objects of a step's own file."""
-    found = await importlib.import_module("millrace.catalog.checkpoint_survey").survey(yard.depot(), among={LOCAL})
+    found = await survey(yard.depot(), among={LOCAL})
     one = next(k for k in found.known if k.step == step)
-    read = importlib.import_module("millrace.catalog.checkpoint_survey").read_manifest
-    manifest: CheckpointManifest = await read(yard.depot(), one)
+    manifest = await read_manifest(yard.depot(), one)
     return [Digest(part.digest) for file in manifest.files if file.path == "own" for part in file.parts]
 
 
@@ -388,7 +396,7 @@ class Life(RuleBasedStateMachine):
     @initialize(last=st.integers(1, 3))
     def begin(self, last: int) -> None:
         scene_type, folder = BEGIN
-        self.yard = make_yard(scene_type(), folder / "x" if False else folder)
+        self.yard = make_yard(scene_type(), folder)
         self.yard._numbers = COUNT
         self.keep = Keep(last=last)
         self.pinned: set[int] = set()
@@ -463,16 +471,10 @@ class Life(RuleBasedStateMachine):
 
 
 BEGIN: tuple[type[Scene], Path]
-COUNT: Iterator[int]
+COUNT: itertools.count[int]
 
 
 def test_a_life_of_checkpoints(scenes: None, new_scene: type[Scene], tmp_path: Path) -> None:
-    import itertools
-
-    from hypothesis.stateful import run_state_machine_as_test
-
     global BEGIN, COUNT
     BEGIN, COUNT = (new_scene, tmp_path), itertools.count()
-    run_state_machine_as_test(
-        Life, settings=settings(max_examples=15, stateful_step_count=12, deadline=None)
-    )
+    run_state_machine_as_test(Life, settings=settings(max_examples=250, stateful_step_count=20, deadline=None))

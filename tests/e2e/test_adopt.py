@@ -158,6 +158,9 @@ def test_files_that_are_renamed_or_copied(cli: Cli, folder: Path) -> None:
     assert cli("verify", "d").code == 1
     moved = adopted(cli, "elsewhere", "--name", "d")
     assert (moved["digest"], moved["unchanged"]) == (made["digest"], True)
+    assert cli("verify", "d").code == 1, "where they were is not forgotten by itself"
+    assert cli("verify", "d", "--repair").code == 0
+    assert cli("verify", "d").code == 0
     for file in (folder / "elsewhere").iterdir():
         file.rename(file.with_name(f"renamed-{file.name}"))
     assert adopted(cli, "elsewhere", "--name", "d")["unchanged"]
@@ -167,7 +170,7 @@ def test_files_that_are_renamed_or_copied(cli: Cli, folder: Path) -> None:
     shutil.copytree(folder / "elsewhere", folder / "mirror")
     assert adopted(cli, "mirror", "--name", "d", "--site", "gcp/us-central1")["unchanged"]
     stores = cli("show", "d", "--json").json["stores"]
-    assert [(s["cloud"], s["shards"]) for s in stores] == [("aws", FILES), ("gcp", FILES)]
+    assert sorted((s["cloud"], s["shards"]) for s in stores) == [("aws", FILES), ("gcp", FILES)]
     (folder / "elsewhere" / "renamed-1.arrow").unlink()
     assert cli("verify", "d").code == 1
     assert cli("export", "d", "out", "--format", "jsonl").code == 0

@@ -163,17 +163,15 @@ def test_shares_in_proportion_are_one_pass_of_all(rows: list[Int64s], lanes: int
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=4), st.data())
-def test_the_largest_epoch_repeats_nothing_and_is_the_largest(sizes: list[int], data: st.DataObject) -> None:
+def test_the_largest_epoch_is_where_a_share_is_all_of_a_stream(sizes: list[int], data: st.DataObject) -> None:
     weight = st.sampled_from([0.0, 0.1, 0.25, 1.0, 3.0])
     weights = tuple(0.0 if size == 0 else data.draw(weight) for size in sizes)
     if not any(weights):
         return
     rows = largest_epoch(sizes, weights)
-    if rows > 1:
-        assert all(n <= size for n, size in zip(quotas(Stage(rows, weights)), sizes, strict=True))
-    # Quotas of more rows than streams above can't all fit: some share alone is above its stream.
-    for more in range(rows + 1, rows + len(sizes) + 2):
-        assert any(n > size for n, size in zip(quotas(Stage(more, weights)), sizes, strict=True))
+    assert all(n <= size for n, size in zip(quotas(Stage(rows, weights)), sizes, strict=True))
+    shares = [Fraction(str(w)) / sum(Fraction(str(w)) for w in weights) for w in weights]
+    assert any((rows + 1) * share > size for share, size in zip(shares, sizes, strict=True))
 
 
 def test_the_largest_epoch_has_no_row_twice() -> None:

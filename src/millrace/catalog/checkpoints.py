@@ -199,6 +199,7 @@ class Series:
         self._changed = asyncio.Condition()
         self._wake = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
+        self._closing = False
 
     async def open(self) -> None:
         """Go on with what an earlier process saved and didn't get to replicate."""
@@ -213,10 +214,12 @@ class Series:
 
     async def aclose(self) -> None:
         """Stop; what isn't replicated yet stays in the local store, for the next :meth:`open`."""
-        if self._worker is not None:
+        self._closing = True
+        while self._worker is not None and not self._worker.done():
+            # More than once: before Python 3.13 a task group whose child fails meanwhile swallows it.
             self._worker.cancel()
-            await asyncio.gather(self._worker, return_exceptions=True)
-            self._worker = None
+            await asyncio.wait((self._worker,), timeout=_ELSEWHERE_S)
+        self._worker = None
 
     async def save(self, saving: Saving) -> CheckpointManifest:
         """See :func:`millrace.catalog.checkpoint_save.save`; replication begins in the background."""
@@ -292,7 +295,7 @@ class Series:
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
-        while True:
+        while not self._closing:
             self._wake.clear()
             ready = [step for step, job in self._jobs.items() if job.not_before_s <= loop.time()]
             if ready:

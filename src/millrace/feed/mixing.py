@@ -98,7 +98,9 @@ def quotas(stage: Stage) -> tuple[int, ...]:
 
 
 def largest_epoch(stream_rows: Sequence[int], weights: tuple[float, ...]) -> int:
-    """Rows of the largest epoch with these weights in which no stream repeats a row.
+    """Rows of the largest epoch with these weights in which no stream's share is more than its rows.
+
+    So none repeats a row; and with weights in proportion to the rows it is one pass of every stream.
 
     Raises:
         UsageError: a stream with a weight has no rows, or a weight can't be.
@@ -107,13 +109,8 @@ def largest_epoch(stream_rows: Sequence[int], weights: tuple[float, ...]) -> int
     _same_number(len(stream_rows), weights)
     for k, (rows, share) in enumerate(zip(stream_rows, shares, strict=True)):
         if share and not rows:
-            raise UsageError(f"stream {k} has a weight of {weights[k]} but no rows; leave it out or give it weight 0")
-    sure = math.floor(min(rows / share for rows, share in zip(stream_rows, shares, strict=True) if share))
-    # Remainders that are rounded down may leave room for a few rows more, at most one for each stream.
-    for rows in range(sure + len(shares), max(sure, 1), -1):
-        if all(n <= most for n, most in zip(quotas(Stage(rows, weights)), stream_rows, strict=True)):
-            return rows
-    return max(sure, 1)
+            raise UsageError(_no_rows(k, weights[k]))
+    return math.floor(min(rows / share for rows, share in zip(stream_rows, shares, strict=True) if share))
 
 
 def plan_streams(
@@ -390,11 +387,13 @@ def _check(stream_rows: Sequence[int], stages: Sequence[Stage]) -> None:
         _same_number(len(stream_rows), stage.weights)
         for k, (rows, given) in enumerate(zip(stream_rows, quotas(stage), strict=True)):
             if given and not rows:
-                raise UsageError(
-                    f"stream {k} has a weight of {stage.weights[k]} but no rows; leave it out or give it weight 0"
-                )
+                raise UsageError(_no_rows(k, stage.weights[k]))
     if sum(stage.rows for stage in stages) > _ROWS_MAX:
         raise UsageError("the stages of a mixture have more than 2**50 rows together; make the epoch shorter")
+
+
+def _no_rows(stream: int, weight: float) -> str:
+    return f"stream {stream} has a weight of {weight} but no rows; leave it out or give it weight 0"
 
 
 def _same_number(streams: int, weights: tuple[float, ...]) -> None:

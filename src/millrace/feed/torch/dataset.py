@@ -171,7 +171,8 @@ class FeedDataset(IterableDataset[Any]):  # type: ignore[misc,unused-ignore]  # 
 
     def _in_worker(self, worker: int, workers: int) -> Iterator[Any]:
         loader = self.loader
-        own, place = self._resume is not None, self._resume or self._begins()
+        begins = self._begins()
+        own, place = self._resume is not None, self._resume or begins
         self._resume, self._share = None, (worker, workers)
         loader.load_state_dict(self._encode(place))
         total, size = loader.receipt().total, loader.recipe.sharing.batch_size
