@@ -39,6 +39,8 @@ __all__ = [
     "measure",
     "missing",
     "own_interpreter",
+    "run_step",
+    "settle",
 ]
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -224,7 +226,7 @@ def _run(contestant: Contestant, plan: Plan, number: int) -> Run:
 
 def _timed(contestant: Contestant, plan: Plan, number: int, out: Path, temporary: str) -> Run:
     try:
-        _settle(plan.source)
+        settle(plan.source)
         load = os.getloadavg()[0]
         watch = TreeWatch()
         started = time.perf_counter()
@@ -243,7 +245,7 @@ def _timed(contestant: Contestant, plan: Plan, number: int, out: Path, temporary
         _delete(out)
 
 
-def _settle(source: Path) -> None:
+def settle(source: Path) -> None:
     """The same ground for everybody: nothing left to write, the input in the page cache."""
     os.sync()
     for path in files_in(source):
@@ -258,9 +260,23 @@ def _step(step: str, contestant: Contestant, plan: Plan, out: Path, temporary: s
         *("--source", plan.source, "--out", out, "--layout", plan.layout),
         *("--variant", contestant.variant, "--workers", plan.workers),
     ]
+    return run_step(step, command, plan.scratch, temporary, plan.timeout_s)
+
+
+def run_step(step: str, command: Sequence[object], folder: Path, temporary: str, timeout_s: float) -> Mapping[str, Any]:
+    """Run one step of a contestant in a process of its own; gives what it printed.
+
+    Args:
+        step: Its name, for errors.
+        folder: The working directory.
+        temporary: The directory for temporary files.
+
+    Raises:
+        Failed: It took too long or didn't end well.
+    """
     with subprocess.Popen(
         [str(part) for part in command],
-        cwd=plan.scratch,
+        cwd=folder,
         env={**_environment(), "TMPDIR": temporary},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -269,9 +285,9 @@ def _step(step: str, contestant: Contestant, plan: Plan, out: Path, temporary: s
         errors="replace",
     ) as process:
         try:
-            stdout, stderr = process.communicate(timeout=plan.timeout_s)
+            stdout, stderr = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired as error:
-            raise Failed(f"{step} took more than {plan.timeout_s:.0f} s") from error
+            raise Failed(f"{step} took more than {timeout_s:.0f} s") from error
         finally:
             _end_descendants()
     found = [line for line in stdout.splitlines() if line.startswith(MARK)]

@@ -40,7 +40,8 @@ class Batch(NamedTuple):
 
 def as_array(values: Any) -> npt.NDArray[Any]:
     """A tensor or an array as an array, without a copy."""
-    return values if isinstance(values, np.ndarray) else values.numpy()  # type: ignore[no-any-return]
+    array: npt.NDArray[Any] = values if isinstance(values, np.ndarray) else values.numpy()
+    return array
 
 
 def touch(batch: Batch) -> int:
@@ -71,7 +72,7 @@ class Output:
         self._again = again
         self._pid = os.getpid()
         self._room = np.zeros(0, np.uint8)
-        self._view = memoryview(self._room)
+        self._view = self._room.data
         self._tensor = torch.zeros(0, dtype=torch.uint8)
 
     def rows(self, rows: Sequence[Any], kinds: Any = None) -> Batch:
@@ -99,7 +100,7 @@ class Output:
     def _hold(self, size: int) -> None:
         self._tensor = torch.empty(size, dtype=torch.uint8)
         self._room = self._tensor.numpy()
-        self._view = memoryview(self._room)
+        self._view = self._room.data
 
     def made(self, count: int, ends: Any, kinds: Any = None) -> Batch:
         """The batch that was put into the room.

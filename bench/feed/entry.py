@@ -241,7 +241,7 @@ def _tally(job: Job, batch: Batch) -> Tally:
         if values.dtype != np.uint16 or values.ndim != 2:
             raise TypeError(f"tokens came as {values.dtype} of shape {values.shape}")
         offsets = (np.arange(len(values) + 1) * values.shape[1] * 2).tolist()
-        return tally_rows(memoryview(values.reshape(-1).view(np.uint8)), offsets, None)
+        return tally_rows(values.reshape(-1).view(np.uint8).data, offsets, None)
     if values.dtype != np.uint8 or as_array(batch.offsets).dtype != np.int64:
         raise TypeError(f"bytes came as {values.dtype}, offsets as {batch.offsets.dtype}")
     kinds = None
@@ -249,7 +249,7 @@ def _tally(job: Job, batch: Batch) -> Tally:
         if as_array(batch.kinds).dtype != np.uint8:
             raise TypeError(f"kinds came as {batch.kinds.dtype}")
         kinds = as_array(batch.kinds).tolist()
-    return tally_rows(memoryview(values), as_array(batch.offsets).tolist(), kinds)
+    return tally_rows(values.data, as_array(batch.offsets).tolist(), kinds)
 
 
 def _missing(order: Any, rows: int) -> tuple[int, int]:

@@ -75,7 +75,7 @@ class Rows:
 
     def each(self) -> Iterator[tuple[int, memoryview]]:
         """Kind (0 where there are none) and bytes of each row."""
-        view = memoryview(self.values)
+        view = self.values.data
         ends = self.offsets.tolist()
         kinds = [0] * len(self) if self.kinds is None else self.kinds.tolist()
         for i, kind in enumerate(kinds):

@@ -292,7 +292,8 @@ def test_a_save_that_is_cancelled_anywhere_is_there_whole_or_not_at_all(yard: Ya
                 assert found is None or found.manifest.step < step
             else:
                 assert found is not None
-                assert found.manifest == (done := await task)
+                done = await task
+                assert found.manifest == done
         keys = await yard.local.keys()
         named = {checkpoint_object("run-7", d) for d in parts_of(done)} | {key_of(done)}
         assert named <= keys

@@ -7,18 +7,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("torchdata")
 
-from millrace.client.dataset import Dataset, open_dataset  # noqa: E402
-from millrace.client.session import session_for  # noqa: E402
-from millrace.feed.torch import FeedDataLoader, FeedDataset  # noqa: E402
-from torchdata.stateful_dataloader import StatefulDataLoader  # noqa: E402
-from torchdata.stateful_dataloader.stateful import Stateful  # noqa: E402
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.stateful import Stateful
+
+from millrace.client.dataset import Dataset, open_dataset
+from millrace.client.session import session_for
+from millrace.feed.torch import FeedDataLoader, FeedDataset
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore:.*set_vital.*")]
 
@@ -94,7 +94,7 @@ def test_from_between_two_epochs(ds: Dataset, reference: dict[int, list[list[int
     assert ids(second) == reference[2]
 
 
-@pytest.mark.parametrize("stop", [0, 1, 3, STEPS - 1, STEPS])
+@pytest.mark.parametrize("stop", [0, 3, STEPS])
 def test_with_workers_it_resumes(ds: Dataset, reference: dict[int, list[list[int]]], stop: int) -> None:
     first = stateful(ds, 2)
     loop = iter(first)

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from millrace.client.dataset import Dataset, open_dataset
 from millrace.client.session import session_for
 

@@ -6,18 +6,21 @@ import json
 import multiprocessing
 import operator
 import os
+import pickle
 import signal
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 import pytest
+from torch.utils.data import DataLoader
+
 import torch
 from millrace.client.dataset import Dataset
+from millrace.client.mix import mix
 from millrace.core.errors import MillraceError, QuarantineExceeded, UsageError
 from millrace.feed.receipt import merge_receipts
 from millrace.feed.torch import FeedDataLoader, FeedDataset
-from torch.utils.data import DataLoader
 
 Reference = dict[int, list[list[int]]]
 BROKEN = (17, 101, 150)
@@ -163,9 +166,8 @@ def test_a_worker_that_dies_is_an_error_and_the_next_loop_goes_on(ds: Dataset, r
         got = [next(batches)["id"].tolist()]
         (worker,) = multiprocessing.active_children()[-1:]
         os.kill(int(worker.pid or 0), signal.SIGKILL)
-        with pytest.raises(RuntimeError, match="exited unexpectedly|killed by signal"):
-            while True:
-                got.append(next(batches)["id"].tolist())
+        with pytest.raises(RuntimeError, match=r"exited unexpectedly|killed by signal"):
+            got.extend(batch["id"].tolist() for batch in batches)
         del batches
         assert len(got) < 21
         assert got + ids(loader) == reference[0]
@@ -255,3 +257,11 @@ def test_a_forked_worker_is_told_so(ds: Dataset) -> None:
     loader = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="fork")
     with pytest.raises(UsageError, match="forked from one that has Millrace open"):
         next(iter(loader))
+
+
+def test_a_mix_is_loaded_the_same_way(ds: Dataset) -> None:
+    mixed = mix({"a": ds, "b": ds}, weights={"a": 3, "b": 1}, rows=100)
+    assert len(pickle.loads(pickle.dumps(mixed.loader)).__self__) == 100
+    with FeedDataLoader(mixed.loader, batch_size=8, seed=5) as loader, mixed.loader(8, seed=5) as plain:
+        assert ids(loader) == ids(plain)
+        assert loader.receipt().proof == plain.receipt().proof

@@ -61,7 +61,7 @@ class Loader:
             shuffle=True,
             seed=SEED,
             item_shuffle_window="full" if job.variant == "full" else None,
-            batch_decode=0 if job.variant=="full" else "auto",
+            batch_decode=0 if job.variant == "full" else "auto",
         )
         self._batches = litdata.StreamingDataLoader(
             rows, batch_size=BATCH_ROWS, num_workers=job.workers, collate_fn=collate
@@ -75,7 +75,7 @@ class Loader:
         return self._out.rows([row for _, row in rows], [kind for kind, _ in rows])
 
     def epoch(self) -> Iterator[Batch]:
-        return iter(self._batches)  # type: ignore[no-any-return]
+        return iter(self._batches)
 
 
 if __name__ == "__main__":

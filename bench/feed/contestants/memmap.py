@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from bench.feed.batches import Batch, Output
 from bench.feed.entry import Job, enter
@@ -36,7 +36,7 @@ def prepare(job: Job) -> None:
         np.save(job.data / "kinds.npy", np.concatenate(kinds))
 
 
-class Rows(Dataset[Batch]):
+class Rows:
     """Batches by their row numbers."""
 
     def __init__(self, job: Job) -> None:
@@ -44,7 +44,7 @@ class Rows(Dataset[Batch]):
         # The memmap's own class makes each slice dearer; the bytes are the same.
         whole = np.fromfile(path, np.uint8) if job.variant == "limit" else np.asarray(np.memmap(path, np.uint8, "r"))
         self._tokens = whole.view(np.uint16).reshape(-1, ROW_TOKENS) if job.workload == "tokens" else None
-        self._view = memoryview(whole)
+        self._view = whole.data
         self._offsets = np.load(job.data / "offsets.npy")
         self._kinds = np.load(job.data / "kinds.npy") if job.workload == "mix" else None
         self._out = Output(job.workload)

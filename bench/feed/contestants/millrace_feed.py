@@ -106,7 +106,7 @@ class Loader:
         return (Batch(*batch["payload"]) for batch in self._batches)
 
     def _mix(self) -> Iterator[Batch]:
-        return (Batch(*batch["payload"], batch["kind"]) for batch in self._batches)
+        return (Batch(*batch["payload"], kinds=batch["kind"]) for batch in self._batches)
 
 
 if __name__ == "__main__":

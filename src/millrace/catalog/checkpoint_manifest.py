@@ -39,6 +39,7 @@ _BETWEEN: Final = b'","checkpoint":'
 _AFTER: Final = b"}"
 _HEAD_BYTES: Final = len(_BEFORE) + 64 + len(_BETWEEN)
 _NAMES: Final[TypeAdapter[str]] = TypeAdapter(Name)
+_VALUES: Final[TypeAdapter[Any]] = TypeAdapter(Any)
 _KEY: Final = re.compile(r"(\d{12})-([0-9a-f]{8})\.json")
 
 
@@ -91,10 +92,12 @@ def json_safe(state: object, what: str) -> Any:
         UsageError: JSON can't hold it, or would change it; or it is over 16 MiB.
     """
     try:
-        text = json.dumps(state, allow_nan=False)
-        back = json.loads(text)
+        text = json.dumps(state, allow_nan=False, ensure_ascii=False).encode()
+        # As it is read later: by a parser that has a limit of its own on how deep things lie in each other.
+        back = _VALUES.validate_json(b"[[%b]]" % text)[0][0]
     except (TypeError, ValueError, RecursionError) as error:
-        raise UsageError(f"{what} can't be kept in a checkpoint: {error}; give what JSON can hold") from error
+        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise UsageError(f"{what} can't be kept in a checkpoint: {why}; give what JSON can hold") from error
     if back != (dict(state) if isinstance(state, Mapping) else state):
         raise UsageError(
             f"{what} can't be kept in a checkpoint: JSON would change it (tuples become lists, numbers that are keys "

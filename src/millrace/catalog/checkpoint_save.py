@@ -77,7 +77,7 @@ class _Save:
         self._tree = tree
         self._grip = grip
         self._fresh: list[str] = []
-        self._under_way: dict[Digest, asyncio.Future[None]] = {}
+        self._under_way: dict[Digest, asyncio.Event] = {}
 
     async def run(self) -> CheckpointManifest:
         try:
@@ -152,9 +152,9 @@ class _Save:
         """Have these bytes in the local store. Two files of one content are put once."""
         first = self._under_way.get(digest)
         if first is not None:
-            await first
+            await first.wait()
             return
-        done = self._under_way[digest] = asyncio.get_running_loop().create_future()
+        done = self._under_way[digest] = asyncio.Event()
         try:
             key = checkpoint_object(self._depot.name, digest)
             if not await is_true(self._depot.local, key, digest, len(data)):
@@ -162,7 +162,7 @@ class _Save:
                 await self._depot.local.put(key, [data])
         finally:
             # Who waits is cancelled together with whoever failed.
-            done.set_result(None)
+            done.set()
 
     async def _undo(self) -> None:
         """Take away what was put, if the lease still stands: then nobody else can count on it. Else retention may."""

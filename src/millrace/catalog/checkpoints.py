@@ -199,7 +199,6 @@ class Series:
         self._changed = asyncio.Condition()
         self._wake = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
-        self._closing = False
 
     async def open(self) -> None:
         """Go on with what an earlier process saved and didn't get to replicate."""
@@ -214,9 +213,8 @@ class Series:
 
     async def aclose(self) -> None:
         """Stop; what isn't replicated yet stays in the local store, for the next :meth:`open`."""
-        self._closing = True
         while self._worker is not None and not self._worker.done():
-            # More than once: before Python 3.13 a task group whose child fails meanwhile swallows it.
+            # More than once: before Python 3.13 a task group whose child fails at that moment swallows it.
             self._worker.cancel()
             await asyncio.wait((self._worker,), timeout=_ELSEWHERE_S)
         self._worker = None
@@ -295,7 +293,8 @@ class Series:
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
-        while not self._closing:
+        me = asyncio.current_task()
+        while me is not None and not me.cancelling():
             self._wake.clear()
             ready = [step for step, job in self._jobs.items() if job.not_before_s <= loop.time()]
             if ready:

@@ -26,7 +26,7 @@ from millrace.client.source import VersionSource, read_index
 from millrace.core.errors import MillraceError, UsageError
 from millrace.core.facts import VersionRecord
 from millrace.core.keys import manifest_key
-from millrace.core.model import Digest
+from millrace.core.model import Digest, StoreSite
 from millrace.decide.prices import egress_price
 from millrace.feed.cache import BlockCache
 from millrace.feed.events import FeedEvent
@@ -47,6 +47,7 @@ class _Opened:
     """What is open of a version."""
 
     manifest: OpenManifest
+    sites: Mapping[str, StoreSite]
     index: BlockIndex
     source: VersionSource
     reader: ReplicaReader
@@ -195,10 +196,9 @@ class Dataset:
     def traffic(self) -> tuple[Traffic, ...]:
         """What was read from each store since it was opened, and what that costs."""
         world = self._session.world
-        sites = {site.name: site for site in world.sites}
         found = []
         for name, moved in sorted(self._opened.reader.traffic().items()):
-            site = sites[name]
+            site = self._opened.sites[name]
             price = egress_price(site.cloud, site.region, world.spec.here)
             dollars = None if price is None else price.dollars * (moved.bytes_useful + moved.bytes_wasted) / _GB
             found.append(
@@ -222,18 +222,20 @@ class Dataset:
 
     async def _open(self, version: VersionRecord | Digest) -> _Opened:
         world = self._session.world
-        opened = await open_manifest(world.coord, world.stores, world.sites, version, near=world.near)
+        readable = await world.readable()
+        opened = await open_manifest(world.coord, readable.stores, readable.sites, version, near=world.near)
         index = await read_index(opened)
         reader = ReplicaReader(
-            world.stores,
-            world.sites,
+            readable.stores,
+            readable.sites,
             here=world.spec.here,
             price=lambda s: p.dollars if (p := egress_price(s.cloud, s.region, world.spec.here)) else 0.0,
             clock=world.clock,
             rng=random.Random(),  # noqa: S311  (jitter, not a secret)
             on_event=self.events.append,
         )
-        return _Opened(opened, index, VersionSource(opened, index, reader, self._session.background), reader)
+        source = VersionSource(opened, index, reader, self._session.background)
+        return _Opened(opened, {site.name: site for site in readable.sites}, index, source, reader)
 
     async def _close(self) -> None:
         await self._opened.reader.aclose()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LoaderOptions", "build_loader", "size_option"]
 
-_SPARE_BYTES: Final = 64_000_000
+_SPARE_BYTES: Final = 32_000_000
 """Room for blocks loaded ahead of a window's end, above what windows need."""
 
 
@@ -156,7 +156,7 @@ def _memory(datasets: Sequence[Dataset], plans: Sequence[OrderPlan], sharing: Sh
             continue
         lanes = min(-(-plan.lanes // sharing.groups) + 1, plan.lanes)
         blocks = min(lanes * plan.window, len(lengths))
-        total += math.ceil(1.125 * blocks * (float(lengths.mean()) + 65_536))
+        total += math.ceil(blocks * (float(lengths.mean()) + 65_536))
     allowed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
     if plans[0].shuffle is Shuffle.FULL and total > allowed:
         raise UsageError(

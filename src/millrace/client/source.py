@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from millrace.catalog.manifests import OpenManifest
-from millrace.core.errors import Corrupt, TransformError
+from millrace.core.errors import Corrupt, TransformError, Unavailable
 from millrace.core.facts import ReplicaPage
-from millrace.core.model import shard_key
+from millrace.core.model import digest_of, shard_key
 from millrace.core.ports import Bytes
 from millrace.feed.background import Background
 from millrace.feed.index import BlockIndex, Extent, build_index
@@ -59,6 +59,7 @@ class VersionSource:
     def __init__(self, opened: OpenManifest, index: BlockIndex, reader: ReplicaReader, background: Background) -> None:
         self.index = index
         self._background = background
+        self._schema = digest_of(index.schema.serialize())[:16]
         self._opened = opened
         self._reader = reader
         self._first_shard = np.cumsum([0, *(ref.shards for ref in opened.root.segments)])
@@ -66,12 +67,12 @@ class VersionSource:
         self._aux: OrderedDict[int, asyncio.Future[memoryview]] = OrderedDict()
 
     def name(self, block: int) -> str:
-        """What the plain block is called in a cache: its own digest, and that of what else it was decoded with."""
+        """What the plain block is called in a cache: its own digest, and those of what else it was decoded with."""
         digest: str = self.index.digests[block].tobytes().hex()
         aux = self.index.aux.get(int(self.index.shards[block]))
         if self.index.encoding == "arrow" and aux is None:
             return digest
-        return f"{digest}.{self.index.encoding}{'' if aux is None else aux.digest[:16]}"
+        return f"{digest}.{self.index.encoding}{'' if aux is None else aux.digest[:16]}.{self._schema}"
 
     async def fetch(self, block: int) -> Sequence[Bytes]:
         """The block as a plain Arrow message, verified. See ``feed.blocks.BlockSource``."""
@@ -89,6 +90,11 @@ class VersionSource:
         segment = int(np.searchsorted(self._first_shard, shard, side="right")) - 1
         page = await _once(self._pages, segment, _PAGES_KEPT, lambda: self._opened.replicas(segment))
         known = None if page is None else page.entries[shard - int(self._first_shard[segment])]
+        if known is None and self.index.encoding != "arrow":
+            raise Unavailable(
+                f"where the files of manifest {self._opened.digest[:12]} lie is not known any more; adopt them again: "
+                "the same bytes give the same digest"
+            )
         key = shard_key(extent.shard) if known is None else known.key
         names = self._opened.names(known)
         held = {} if known is None else known.stores

@@ -248,7 +248,8 @@ class Datasets:
             page = await self._page(manifest, shard.segment)
             known = page.entries[shard.index] if page is not None else None
             key = known.key if known is not None else shard_key(digest)  # adopted ones lie under keys of their own
-            return await fetch(self._world.stores, key, digest, manifest.names(known))
+            stores = (await self._world.readable()).stores
+            return await fetch(stores, key, digest, manifest.names(known))
 
         return (Part(digest, int(segment.sizes[shard.index]), read),)
 
@@ -263,7 +264,8 @@ class Datasets:
         manifest = self._manifests.get(version.digest)
         if manifest is None:
             world = self._world
-            manifest = await open_manifest(world.coord, world.stores, world.sites, version, near=world.near)
+            readable = await world.readable()
+            manifest = await open_manifest(world.coord, readable.stores, readable.sites, version, near=world.near)
             self._manifests[version.digest] = manifest
         _keep_newest(self._manifests, version.digest, _MANIFESTS_KEPT)
         return version, manifest

@@ -185,6 +185,7 @@ class BlockPool:
             begun = time.perf_counter()
             for g in missing:
                 if g not in self._loading:
+                    self._make_room(int(self._sizes[g]), span)  # if there is none, it is loaded all the same
                     self._begin(g)
             for g in missing:
                 self._take_in(g, self._loading[g].result())

@@ -72,8 +72,10 @@ def derive_keys(key: int, *columns: npt.NDArray[np.integer[Any]]) -> UInt64s:
     """One key for each row of ``columns`` (whole numbers, all of shape (n,)), under ``key``; uint64, shape (n,)."""
     keys = np.full(columns[0].shape, key, np.uint64)
     golden = np.array(_GOLDEN, np.uint64)
-    for column in columns:
-        keys = mix64(mix64(column.astype(np.uint64) ^ keys) + golden + keys)
+    for start in range(0, len(keys), SPAN):
+        span = slice(start, start + SPAN)
+        for column in columns:
+            keys[span] = mix64(mix64(column[span].astype(np.uint64) ^ keys[span]) + golden + keys[span])
     return keys
 
 
@@ -137,24 +139,25 @@ def make_domains(sizes: Int64s, keys: UInt64s) -> Domains:
         raise ValueError(f"a domain has 1 to 2**62 places, not {int(sizes.min())} to {int(sizes.max())}")
     kinds = (sizes > SMALL_MAX).view(np.uint8) + (sizes > MEDIUM_MAX).view(np.uint8)
     kind = int(kinds[0]) if len(kinds) and (kinds == kinds[0]).all() else -1
+    word = np.uint64 if (kinds == _LARGE).any() else np.uint32
+    tall, wide, edge = (np.empty(len(sizes), word) for _ in range(3))
+    whole = True
+    for start in range(0, len(sizes), SPAN):
+        span = slice(start, start + SPAN)
+        tall[span], across, last = _grid(sizes[span])
+        wide[span], edge[span] = across, last
+        whole = whole and bool((last == across - 1).all())
+    low, high = keys.astype(np.uint32), (keys >> np.uint64(32)).astype(np.uint32)
+    return Domains(sizes, keys, kinds, kind, tall, wide, edge, low, high, whole)
+
+
+def _grid(sizes: Int64s) -> tuple[Int64s, Int64s, Int64s]:
+    """Tall, wide and edge of the squarest grids."""
     wide = np.sqrt((sizes - 1).astype(np.float64)).astype(np.int64)
     # Beyond 2**52 the root may be off by one.
     wide += ((wide + 1) ** 2 <= sizes - 1).astype(np.int64) - (wide**2 > sizes - 1).astype(np.int64) + 1
-    tall = -(-sizes // wide)
-    edge = sizes - 1 - (tall - 1) * wide
-    word = np.uint64 if (kinds == _LARGE).any() else np.uint32
-    return Domains(
-        sizes=sizes,
-        keys=keys,
-        kinds=kinds,
-        kind=kind,
-        tall=tall.astype(word),
-        wide=wide.astype(word),
-        edge=edge.astype(word),
-        low=keys.astype(np.uint32),
-        high=(keys >> np.uint64(32)).astype(np.uint32),
-        whole=bool((edge == wide - 1).all()),
-    )
+    tall: Int64s = (sizes + wide - 1) // wide
+    return tall, wide, sizes - 1 - (tall - 1) * wide
 
 
 def permutation(size: int, key: int) -> Int64s:

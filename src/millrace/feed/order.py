@@ -423,18 +423,23 @@ class EpochOrder:
             return _Windows(_Steps.over(whole), make_domains(whole[1:], derive_keys(key, zero, zero)))
         if self._plan.shuffle is not Shuffle.WINDOW:
             return None
-        blocks, size = len(edges) - 1, self._plan.window
+        size = self._plan.window
         lanes = np.flatnonzero(np.diff(self._lane_starts))
         lane_start, lane_end = self._lane_starts[lanes], self._lane_starts[lanes + 1]
         phase = _phases(self._plan.lanes, size)[lanes]
         first = (np.searchsorted(edges, lane_start, side="right") - 1 + phase) // size
         last = (np.searchsorted(edges, lane_end - 1, side="right") - 1 + phase) // size
         counts = last - first + 1
-        of = np.repeat(np.arange(len(lanes)), counts)
-        number = np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts) + first[of]
-        block = np.clip(number * size - phase[of], 0, blocks)
-        starts = np.append(np.maximum(edges[block], lane_start[of]), self._rows)
-        return _Windows(_Steps.over(starts), make_domains(np.diff(starts), derive_keys(key, lanes[of], number)))
+        leading = np.cumsum(counts) - counts
+        total = int(counts.sum())
+        # Each window but the first of its lane begins at every `size`-th edge.
+        block = np.arange(total, dtype=np.int64) * size + np.repeat((first - leading) * size - phase, counts)
+        block[leading] = 0
+        starts = np.append(edges.take(block), self._rows)
+        starts[leading] = lane_start
+        number = np.arange(total, dtype=np.int64) + np.repeat(first - leading, counts)
+        keys = derive_keys(key, np.repeat(lanes, counts), number)
+        return _Windows(_Steps.over(starts), make_domains(np.diff(starts), keys))
 
 
 def _even_cut(rows: int, lanes: int) -> Int64s:

@@ -178,9 +178,12 @@ def _checked(world: OpenWorld, request: AdoptRequest) -> tuple[Source, Placement
         TypeAdapter(Name).validate_python(request.name)
         place = StoreSpec(url=url, options=dict(request.options or {}))
         source = Source(
-            url=url, include=request.include, exclude=request.exclude, format=request.encoding or "files",
+            url=url,
+            include=request.include,
+            exclude=request.exclude,
+            format=request.encoding or "files",
             options=place.options,
-        )  # fmt: skip
+        )
     except ValidationError as error:
         raise UsageError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
     replicas = request.replicas or min(_REPLICAS, len(world.sites))

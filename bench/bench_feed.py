@@ -1,0 +1,154 @@
+"""Loaders of training data: Millrace beside what people feed training loops with.
+
+    python bench/bench_feed.py --write                       # three workloads, 5 rounds: two hours, 14 GB of disk
+    python bench/bench_feed.py --quick                       # small, one round: does every loader work here?
+    python bench/bench_feed.py --workload tokens --only millrace --only memmap
+
+Batches of 32 rows, as the same torch tensors from every loader, of which the consumer reads something in each 64
+bytes. Each loader's own copy of the rows is deleted after its workload, unless ``--keep`` is given.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.command import Command, parser, take
+from bench.feed.harness import Feeder, FeedPlan, Figures, measure_feeds
+from bench.feed.rows import BATCH_ROWS, ROWS, WORKLOADS
+from bench.feed.tables import of_aims, of_rates, of_resuming
+from bench.harness import Contestant, interpreter
+from bench.tables import Table
+
+QUICK_ROWS = {"tokens": 20_000, "blobs": 4_000, "mix": 8_000}
+SECONDS, WARM_S = 5.0, 4.0
+QUICK_SECONDS, QUICK_WARM_S = 1.0, 0.5
+
+
+def feeders() -> list[Feeder]:
+    """All of them; those whose environment isn't there are skipped when they are measured."""
+    torch, grain = interpreter(".venv-peers"), interpreter(".venv-peers2")
+
+    def of(name: str, module: str, variant: str, *needs: str, kind: str = "library", workers: int = 0) -> Feeder:
+        python = grain if module == "grain_records" else torch
+        ours = kind == "ours"
+        return Feeder(Contestant(name, module, python, ("torch", *needs), variant, ours=ours), kind, workers)
+
+    return [
+        of("Millrace", "millrace_feed", "window", "millrace", kind="ours"),
+        of("Millrace, NumPy arrays", "millrace_feed", "numpy", "millrace", kind="ours"),
+        of("Millrace, shuffle=full", "millrace_feed", "full", "millrace", kind="ours"),
+        of("Millrace, shuffle=blocks", "millrace_feed", "blocks", "millrace", kind="ours"),
+        of("gather from memory (the limit)", "memmap", "limit", kind="limit"),
+        of("memmap, bare loop", "memmap", "bare", kind="hand"),
+        of("memmap, DataLoader", "memmap", "loader", kind="hand"),
+        of("HF datasets, map", "hf", "map", "datasets"),
+        of("HF datasets, iterable", "hf", "iterable", "datasets"),
+        of("litdata", "lit", "", "litdata"),
+        of("litdata, whole chunks", "lit", "full", "litdata"),
+        of("grain, 16 threads", "grain_records", "16", "grain", "array_record"),
+        of("grain, no threads", "grain_records", "0", "grain", "array_record"),
+        of("webdataset", "wds", "", "webdataset"),
+        of("mosaicml-streaming", "mds", "", "streaming"),
+        of("mosaicml-streaming, epoch ahead", "mds", "ahead", "streaming"),
+    ]
+
+
+def with_workers() -> list[Feeder]:
+    """Those that have worker processes, with two."""
+    loaders = {"Millrace": "loader"}
+    chosen = [f for f in feeders() if f.contestant.variant not in {"limit", "bare", "numpy", "full", "blocks", "16"}]
+    return [
+        Feeder(
+            Contestant(
+                f"{f.contestant.name.removesuffix(', no threads')}, 2 workers",
+                f.contestant.module,
+                f.contestant.python,
+                f.contestant.needs,
+                loaders.get(f.contestant.name, f.contestant.variant),
+                ours=f.contestant.ours,
+            ),
+            f.kind,
+            2,
+        )
+        for f in chosen
+    ]
+
+
+def measure_feed(
+    command: Command, workload: str, rows: int, seconds: float, warm_s: float, *, workers: bool, keep: bool
+) -> list[Figures]:
+    """One workload: two tables, or three with worker processes."""
+    folder = command.folder / f"feed-{workload}-{rows}"
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = FeedPlan(workload, rows, folder, command.rounds, command.seed, seconds, warm_s)
+    command.say(f"{rows:,} rows, workload {workload}: making each loader's copy")
+    title = f"{rows:,} rows, workload {workload}, batches of {BATCH_ROWS}"
+    try:
+        found = measure_feeds(_only(feeders(), command.only), plan, command.say)
+        _add(command, of_rates(f"feed-{workload}", f"{title}, no workers", found), found)
+        command.add(of_resuming(f"feed-{workload}-resume", f"{title}: time to a batch", found))
+        if workers:
+            more = measure_feeds(_only(with_workers(), command.only), plan, command.say)
+            _add(command, of_rates(f"feed-{workload}-workers", f"{title}, two worker processes", more), more)
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
+def add_aims(command: Command, found: dict[str, Sequence[Figures]]) -> None:
+    """The table that sums up."""
+    command.add(of_aims("feed", f"Batches of {BATCH_ROWS} a second, no workers", found))
+
+
+def _only(all_of_them: Sequence[Feeder], only: Sequence[str]) -> list[Feeder]:
+    words = [word.lower() for word in only]
+    return [
+        f
+        for f in all_of_them
+        if not words or any(w in f.contestant.name.lower() or w in f.contestant.module for w in words)
+    ]
+
+
+def _add(command: Command, table: Table, found: Sequence[Figures]) -> None:
+    command.add(table)
+    command.results[table.name] = [figures.plain() for figures in found]
+    if any(figures.failed for figures in found):
+        command.exit_code = 1
+
+
+def main() -> int:
+    """Measure and print."""
+    options = parser(__doc__)
+    options.add_argument("--quick", action="store_true", help="small sizes and one round; never written to the page")
+    options.add_argument("--workload", choices=WORKLOADS, action="append", help="may be given again; all by default")
+    options.add_argument("--rows", type=int, help="instead of the workload's own number")
+    options.add_argument("--seconds", type=float, help=f"of a rate (default {SECONDS:g})")
+    options.add_argument("--workers", action="store_true", help="also with two worker processes")
+    options.add_argument("--keep", action="store_true", help="keep the loaders' copies for the next time")
+    given = options.parse_args()
+    if given.quick and given.write:
+        options.error("--quick measures too little to be written to the page; leave one of the two out")
+    if given.quick:
+        given.rounds = 1
+    seconds = given.seconds or (QUICK_SECONDS if given.quick else SECONDS)
+    warm_s = QUICK_WARM_S if given.quick else WARM_S
+    sizes = QUICK_ROWS if given.quick else ROWS
+    found: dict[str, Sequence[Figures]] = {}
+    with take(given) as command:
+        for workload in given.workload or WORKLOADS:
+            rows = given.rows or sizes[workload]
+            found[workload] = measure_feed(
+                command, workload, rows, seconds, warm_s, workers=given.workers, keep=given.keep
+            )
+        add_aims(command, found)
+    return command.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""The order of a feed alone: how random, how local, how fast, and how small at a billion rows.
+
+    python -m bench.bench_order                        # everything: some five minutes
+    python -m bench.bench_order --part scale           # one of statistics, spread, reads, speed, scale
+    python -m bench.bench_order --write docs/design/feed-order.md
+
+No byte of a dataset is read: blocks are numbers of rows. The targets: a position located in about 60 to 80 ns, in calls
+of 2,000 to 8,000; at a billion rows an order made and its first batch located in under 200 ms, in far under 600 MB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import statistics as middle
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+
+from bench import order_statistics
+from bench.tables import Table, show, write_page
+from millrace.feed.mixing import MixedOrder, Stage, Stream, plan_streams
+from millrace.feed.order import EpochOrder, Order, OrderPlan, Shuffle, plan_order
+from millrace.feed.share import Sharing
+from millrace.feed.tally import RowTally
+
+Int64s = npt.NDArray[np.int64]
+NODES = (1, 2, 4, 8, 64)
+BATCHES = (64, 256, 1000, 1024, 4096)
+TOKEN_BYTES = 8192
+BILLION = 1_000_000_000
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def spread() -> list[Table]:
+    """200,000 rows of 8 KB in 1,000 blocks: row ids in a batch beside those of a full shuffle."""
+    rows = np.full(1000, 200, np.int64)
+    first = np.cumsum(rows) - rows
+
+    def measured(plan: OrderPlan) -> tuple[float, float, float]:
+        order = EpochOrder(plan, rows, manifest="m", epoch=0)
+        found = order.locate(np.arange(order.rows))
+        ids = first[found.block] + found.row
+        of = [ids[: len(ids) // b * b].reshape(-1, b).std(axis=1, ddof=1).mean() for b in (32, 256)]
+        blocks = np.sort(found.block.reshape(-1, 32), axis=1)
+        return of[0], of[1], 1 + (np.diff(blocks, axis=1) > 0).sum(axis=1).mean()
+
+    full = measured(OrderPlan(1, Shuffle.FULL, 64, 1000))
+    body = [("full shuffle", "-", "-", "1.00", "1.00", f"{full[2]:.1f}", "1,638")]
+    for lanes in (1, 4, 8, 16, 32, 64, 128):
+        for window in (1, 4, 16):
+            one, many, blocks = measured(OrderPlan(1, Shuffle.WINDOW, lanes, window))
+            held = lanes * window * 200 * TOKEN_BYTES / 1e6
+            body.append(
+                ("", str(lanes), str(window), f"{one / full[0]:.3f}", f"{many / full[1]:.3f}", f"{blocks:.1f}")
+                + (f"{held:,.0f}",)
+            )
+    plain = measured(OrderPlan(1, Shuffle.BLOCKS, 1, 1))
+    body.append(("blocks", "-", "-", f"{plain[0] / full[0]:.3f}", f"{plain[1] / full[1]:.3f}", f"{plain[2]:.1f}", "2"))
+    default = plan_order(rows, rows * TOKEN_BYTES, seed=1, shuffle=Shuffle.WINDOW)
+    head = ("", "lanes", "window", "spread, batch 32", "batch 256", "blocks in a batch of 32", "MB in windows")
+    notes = (f"The default for this dataset is {default.lanes} lanes and a window of {default.window} blocks.",)
+    return [Table("order-spread", "Spread of row ids in a batch, of a full shuffle's", head, tuple(body), notes)]
+
+
+def reads() -> list[Table]:
+    """Blocks that all nodes fetch together, over the blocks there are, by simulating every position of an epoch."""
+    body = []
+    for blocks, each, block_mb in ((512, 64, 1), (1000, 200, 1.64), (10_000, 64, 1), (100_000, 64, 4)):
+        rows = np.full(blocks, each, np.int64)
+        lengths = np.full(blocks, int(block_mb * 1e6), np.int64)
+        plan = plan_order(rows, lengths, seed=1, shuffle=Shuffle.WINDOW)
+        order = EpochOrder(plan, rows, manifest="m", epoch=0)
+        block = order.locate(np.arange(order.rows)).block
+        for batch in BATCHES:
+            cells = [f"{_read(block, blocks, order, Sharing(batch, 0, n)):.3f}" for n in NODES]
+            body.append(
+                (f"{blocks:,} blocks of {block_mb:g} MB", f"{plan.lanes} x {plan.window}", f"{batch:,}", *cells)
+            )
+    head = ("dataset", "lanes x window", "batch", *(f"{n} node{'s' * (n > 1)}" for n in NODES))
+    return [Table("order-reads", "Read amplification", head, tuple(body))]
+
+
+def _read(block: Int64s, blocks: int, order: Order, sharing: Sharing) -> float:
+    touched = 0
+    steps = sharing.steps(order.rows)
+    for rank in range(sharing.world_size):
+        own = Sharing(sharing.batch_size, rank, sharing.world_size)
+        seen = np.zeros(blocks, bool)
+        positions, _ = own.positions(0, steps, rows=order.rows, lanes=order.lanes)
+        seen[block[positions]] = True
+        touched += int(seen.sum())
+    return touched / blocks
+
+
+def _rounds_ns(work: Callable[[int], object], count: int) -> float:
+    """Nanoseconds for each of ``count``: the least of many rounds, as other processes only ever add to it."""
+    best = math.inf
+    for number in range(60):
+        start = time.perf_counter()
+        work(number)
+        best = min(best, time.perf_counter() - start)
+    return best / count * 1e9
+
+
+def speed() -> list[Table]:
+    body = []
+    for blocks, uneven in ((1000, False), (1000, True), (1_000_000, False), (1_000_000, True)):
+        rows = np.full(blocks, 1024, np.int64)
+        if uneven:
+            rows = np.random.default_rng(1).integers(1, 2048, blocks)
+        for shuffle in (Shuffle.WINDOW, Shuffle.FULL):
+            plan = plan_order(rows, rows * 1024, seed=1, shuffle=shuffle)
+            order = EpochOrder(plan, rows, manifest="m", epoch=0)
+            layout = f"{blocks:,} blocks, {'1 to 2,047' if uneven else '1,024'} rows each, {shuffle.value}"
+            body.append((layout, *(f"{_locating(order, count):.0f}" for count in (2000, 4096, 8192, 65_536))))
+    rows = np.full(1000, 1024, np.int64)
+    stages = [Stage(1_000_000, (0.6, 0.3, 0.1))]
+    plans = plan_streams([(rows, rows * 1024)] * 3, stages, seed=1, shuffle=Shuffle.WINDOW)
+    mixture = MixedOrder([Stream(p, rows, "m") for p in plans], stages, seed=1, epoch=0)
+    body.append(("mixture of 3", *(f"{_locating(mixture, count):.0f}" for count in (2000, 4096, 8192, 65_536))))
+    order = EpochOrder(plans[0], rows, manifest="m", epoch=0)
+    for world in (2, 8):
+        sharing = Sharing(32 * world, 1, world)
+        cells = []
+        for count in (2000, 4096, 8192, 65_536):
+            asked = lambda n, c=count: sharing.positions(n * 7, c // 32, rows=order.rows * 99, lanes=64)  # noqa: E731
+            cells.append(f"{_rounds_ns(asked, count):.0f}")
+        body.append((f"the share of 1 of {world} ranks, 32 rows a step", *cells))
+    tally = RowTally()
+    stream = np.zeros(65_536, np.int32)
+    some = np.arange(65_536)
+    cells = [f"{_rounds_ns(lambda n, c=c: tally.add(some[:c], stream[:c], some[:c]), c):.0f}" for c in (2000, 4096)]  # type: ignore[misc]
+    cells += [f"{_rounds_ns(lambda n, c=c: tally.add(some[:c], stream[:c], some[:c]), c):.0f}" for c in (8192, 65_536)]  # type: ignore[misc]
+    body.append(("tally of rows", *cells))
+    head = ("ns a position, in calls of", "2,000", "4,096", "8,192", "65,536")
+    return [Table("order-speed", "Locating", head, tuple(body))]
+
+
+def _locating(order: Order, count: int) -> float:
+    starts = np.random.default_rng(2).integers(0, order.rows - count, 60)
+    span = np.arange(count, dtype=np.int64)
+    return _rounds_ns(lambda number: order.locate(starts[number] + span), count)
+
+
+def scale() -> list[Table]:
+    """A billion rows in blocks of 1,024, in this process: run it in a fresh one."""
+    before_mb = _peak_mb()
+    blocks = -(-BILLION // 1024)
+    even = np.full(blocks, 1024, np.int64)
+    even[-1] = BILLION - 1024 * (blocks - 1)
+    uneven = np.random.default_rng(1).integers(1, 2048, blocks)
+    generator = np.random.default_rng(3)
+    body = []
+    for name, rows, row_bytes in (
+        ("rows of 1 KB", even, 1024),
+        ("rows of 8 KB", even, TOKEN_BYTES),
+        ("rows of 1 KB, uneven blocks", uneven, 1024),
+    ):
+        lengths = rows * row_bytes
+        made, located = [], []
+        for epoch in range(9):
+            start = time.perf_counter()
+            plan = plan_order(rows, lengths, seed=1, shuffle=Shuffle.WINDOW)
+            order = EpochOrder(plan, rows, manifest="m", epoch=epoch)
+            ready = time.perf_counter()
+            first = int(generator.integers(0, order.rows - 32))
+            order.locate(np.arange(first, first + 32))
+            located.append((time.perf_counter() - ready) * 1e3)
+            made.append((ready - start) * 1e3)
+        body.append(
+            (name, f"{order.rows:,}", f"{plan.lanes} x {plan.window}", f"{middle.median(made):.0f}")
+            + (f"{min(made):.0f} to {max(made):.0f}", f"{middle.median(located):.2f}", f"{_peak_mb():.0f}")
+        )
+    head = (
+        "",
+        "rows",
+        "lanes x window",
+        "made, ms",
+        "of 9 epochs",
+        "first batch of 32 at a random position, ms",
+        "peak MB",
+    )
+    notes = (
+        f"Resident memory of the whole process, of which {before_mb:.0f} MB are Python, NumPy and the imports, and "
+        f"{(even.nbytes * 3 + uneven.nbytes) / 1e6:.0f} MB the columns of blocks that this measurement holds.",
+    )
+    return [Table("order-scale", "A billion rows", head, tuple(body), notes)]
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+
+
+PARTS: dict[str, Callable[[], list[Table]]] = {
+    "statistics": order_statistics.statistics,
+    "spread": spread,
+    "reads": reads,
+    "speed": speed,
+    "scale": scale,
+}
+
+
+def _in_fresh_process(part: str) -> list[Table]:
+    command = [sys.executable, "-m", "bench.bench_order", "--part", part, "--here", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [
+        Table(t["name"], t["title"], tuple(t["head"]), tuple(map(tuple, t["rows"])), tuple(t["notes"]))
+        for t in json.loads(done.stdout)
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=sorted(PARTS), action="append", help="all where none is named")
+    parser.add_argument("--statistics", action="append_const", dest="part", const="statistics", help="the part alone")
+    parser.add_argument("--json", action="store_true", help="the tables as JSON on stdout")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables into their places in a page")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    console = Console(stderr=options.json)
+    tables: list[Table] = []
+    for part in options.part or PARTS:
+        found = PARTS[part]() if options.here else _in_fresh_process(part)
+        tables += found
+        if not options.json:
+            for table in found:
+                show(console, table)
+    if options.json:
+        print(json.dumps([table.plain() for table in tables], indent=2))
+    if options.write is not None and (lost := write_page(options.write, tables)):
+        print(f"{options.write} has no place for {', '.join(lost)}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
