@@ -34,7 +34,8 @@ from millrace.feed.tally import RowTally
 
 Int64s = npt.NDArray[np.int64]
 NODES = (1, 2, 4, 8, 64)
-BATCHES = (64, 256, 1000, 1024, 4096)
+ODD_NODES = (3, 5, 6, 7, 12, 48)
+CALLS = (2000, 4096, 8192, 65_536)
 TOKEN_BYTES = 8192
 BILLION = 1_000_000_000
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,10 +60,8 @@ def spread() -> list[Table]:
         for window in (1, 4, 16):
             one, many, blocks = measured(OrderPlan(1, Shuffle.WINDOW, lanes, window))
             held = lanes * window * 200 * TOKEN_BYTES / 1e6
-            body.append(
-                ("", str(lanes), str(window), f"{one / full[0]:.3f}", f"{many / full[1]:.3f}", f"{blocks:.1f}")
-                + (f"{held:,.0f}",)
-            )
+            line = ("", str(lanes), str(window), f"{one / full[0]:.3f}", f"{many / full[1]:.3f}", f"{blocks:.1f}")
+            body.append((*line, f"{held:,.0f}"))
     plain = measured(OrderPlan(1, Shuffle.BLOCKS, 1, 1))
     body.append(("blocks", "-", "-", f"{plain[0] / full[0]:.3f}", f"{plain[1] / full[1]:.3f}", f"{plain[2]:.1f}", "2"))
     default = plan_order(rows, rows * TOKEN_BYTES, seed=1, shuffle=Shuffle.WINDOW)
@@ -73,20 +72,21 @@ def spread() -> list[Table]:
 
 def reads() -> list[Table]:
     """Blocks that all nodes fetch together, over the blocks there are, by simulating every position of an epoch."""
-    body = []
-    for blocks, each, block_mb in ((512, 64, 1), (1000, 200, 1.64), (10_000, 64, 1), (100_000, 64, 4)):
-        rows = np.full(blocks, each, np.int64)
-        lengths = np.full(blocks, int(block_mb * 1e6), np.int64)
-        plan = plan_order(rows, lengths, seed=1, shuffle=Shuffle.WINDOW)
-        order = EpochOrder(plan, rows, manifest="m", epoch=0)
-        block = order.locate(np.arange(order.rows)).block
-        for batch in BATCHES:
-            cells = [f"{_read(block, blocks, order, Sharing(batch, 0, n)):.3f}" for n in NODES]
-            body.append(
-                (f"{blocks:,} blocks of {block_mb:g} MB", f"{plan.lanes} x {plan.window}", f"{batch:,}", *cells)
-            )
-    head = ("dataset", "lanes x window", "batch", *(f"{n} node{'s' * (n > 1)}" for n in NODES))
-    return [Table("order-reads", "Read amplification", head, tuple(body))]
+    tables = []
+    for title, nodes in (("Read amplification", NODES), ("Read amplification, other numbers of nodes", ODD_NODES)):
+        body = []
+        for blocks, each, block_mb in ((100, 512, 4), (1000, 200, 1.6384), (10_000, 64, 1), (100_000, 64, 4)):
+            rows = np.full(blocks, each, np.int64)
+            plan = plan_order(rows, np.full(blocks, int(block_mb * 1e6)), seed=1, shuffle=Shuffle.WINDOW)
+            order = EpochOrder(plan, rows, manifest="m", epoch=0)
+            block = order.locate(np.arange(order.rows)).block
+            for name, batch, a_node in (("32 a node", 0, 32), ("64", 64, 0), ("1,024", 1024, 0), ("1,000", 1000, 0)):
+                cells = [f"{_read(block, blocks, order, Sharing(batch + a_node * n, 0, n)):.3f}" for n in nodes]
+                dataset = f"{blocks * block_mb / 1000:g} GB in {blocks:,} blocks"
+                body.append((dataset, f"{plan.lanes} x {plan.window}", name, *cells))
+        head = ("dataset", "lanes x window", "batch", *(f"{n} node{'s' * (n > 1)}" for n in nodes))
+        tables.append(Table(f"order-reads-{len(tables) + 1}", title, head, tuple(body)))
+    return tables
 
 
 def _read(block: Int64s, blocks: int, order: Order, sharing: Sharing) -> float:
@@ -121,28 +121,30 @@ def speed() -> list[Table]:
             plan = plan_order(rows, rows * 1024, seed=1, shuffle=shuffle)
             order = EpochOrder(plan, rows, manifest="m", epoch=0)
             layout = f"{blocks:,} blocks, {'1 to 2,047' if uneven else '1,024'} rows each, {shuffle.value}"
-            body.append((layout, *(f"{_locating(order, count):.0f}" for count in (2000, 4096, 8192, 65_536))))
+            body.append((layout, *(f"{_locating(order, count):.0f}" for count in CALLS)))
     rows = np.full(1000, 1024, np.int64)
     stages = [Stage(1_000_000, (0.6, 0.3, 0.1))]
     plans = plan_streams([(rows, rows * 1024)] * 3, stages, seed=1, shuffle=Shuffle.WINDOW)
     mixture = MixedOrder([Stream(p, rows, "m") for p in plans], stages, seed=1, epoch=0)
-    body.append(("mixture of 3", *(f"{_locating(mixture, count):.0f}" for count in (2000, 4096, 8192, 65_536))))
-    order = EpochOrder(plans[0], rows, manifest="m", epoch=0)
+    body.append(("mixture of 3", *(f"{_locating(mixture, count):.0f}" for count in CALLS)))
     for world in (2, 8):
         sharing = Sharing(32 * world, 1, world)
-        cells = []
-        for count in (2000, 4096, 8192, 65_536):
-            asked = lambda n, c=count: sharing.positions(n * 7, c // 32, rows=order.rows * 99, lanes=64)  # noqa: E731
-            cells.append(f"{_rounds_ns(asked, count):.0f}")
-        body.append((f"the share of 1 of {world} ranks, 32 rows a step", *cells))
-    tally = RowTally()
-    stream = np.zeros(65_536, np.int32)
-    some = np.arange(65_536)
-    cells = [f"{_rounds_ns(lambda n, c=c: tally.add(some[:c], stream[:c], some[:c]), c):.0f}" for c in (2000, 4096)]  # type: ignore[misc]
-    cells += [f"{_rounds_ns(lambda n, c=c: tally.add(some[:c], stream[:c], some[:c]), c):.0f}" for c in (8192, 65_536)]  # type: ignore[misc]
-    body.append(("tally of rows", *cells))
-    head = ("ns a position, in calls of", "2,000", "4,096", "8,192", "65,536")
+        body.append(
+            (f"the share of 1 of {world} ranks, 32 rows a step", *(f"{_sharing(sharing, c):.0f}" for c in CALLS))
+        )
+    body.append(("tally of rows", *(f"{_tallying(count):.0f}" for count in CALLS)))
+    head = ("ns a position, in calls of", *(f"{count:,}" for count in CALLS))
     return [Table("order-speed", "Locating", head, tuple(body))]
+
+
+def _sharing(sharing: Sharing, count: int) -> float:
+    steps = count // 32
+    return _rounds_ns(lambda number: sharing.positions(number * 7, steps, rows=BILLION, lanes=64), count)
+
+
+def _tallying(count: int) -> float:
+    tally, rows, stream = RowTally(), np.arange(count), np.zeros(count, np.int32)
+    return _rounds_ns(lambda number: tally.add(rows, stream, rows), count)
 
 
 def _locating(order: Order, count: int) -> float:
@@ -176,10 +178,9 @@ def scale() -> list[Table]:
             order.locate(np.arange(first, first + 32))
             located.append((time.perf_counter() - ready) * 1e3)
             made.append((ready - start) * 1e3)
-        body.append(
-            (name, f"{order.rows:,}", f"{plan.lanes} x {plan.window}", f"{middle.median(made):.0f}")
-            + (f"{min(made):.0f} to {max(made):.0f}", f"{middle.median(located):.2f}", f"{_peak_mb():.0f}")
-        )
+        line = (name, f"{order.rows:,}", f"{plan.lanes} x {plan.window}", f"{middle.median(made):.0f}")
+        span = f"{min(made):.0f} to {max(made):.0f}"
+        body.append((*line, span, f"{middle.median(located):.2f}", f"{_peak_mb():.0f}"))
     head = (
         "",
         "rows",

@@ -31,6 +31,8 @@ __all__ = ["BlockPool", "BlockSource", "Loaded", "LocalBlocks", "PoolStats"]
 Int64s = npt.NDArray[np.int64]
 
 _THREADS: Final = 3
+_LARGER_MAX: Final = 4.0
+"""So many times their stored size may the blocks in memory have before they count against the budget."""
 _NEVER: Final = np.iinfo(np.int64).min
 
 
@@ -161,6 +163,7 @@ class BlockPool:
         self._local = np.zeros(total, np.bool_)  # known to be in the cache
         self._fills: dict[int, asyncio.Task[Sequence[Bytes] | None]] = {}  # touched by the background loop only
         self._in_flight = 0
+        self._held_bytes = self._held_stored_bytes = 0  # of all blocks so far: in memory, and where they lie
         self._threads = concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="millrace-feed")
         self.stats = PoolStats()
 
@@ -290,8 +293,10 @@ class BlockPool:
 
     def _make_room(self, size: int, span: int) -> bool:
         """Whether ``size`` more bytes keep to the budget, letting go of what no planned span needs."""
-        on_the_way = sum(int(self._sizes[g]) for g in self._loading)
-        while self.arena.used_bytes + on_the_way + size > self._budget:
+        # Blocks of compressed files are larger in memory than where they lie, and so is what windows of them need.
+        larger = min(max(self._held_bytes / max(self._held_stored_bytes, 1), 1.0), _LARGER_MAX)
+        coming = size + sum(int(self._sizes[g]) for g in self._loading)
+        while self.arena.used_bytes + coming * larger > self._budget * larger:
             slots = np.flatnonzero(self._owner >= 0)
             last = self._wanted[self._owner[slots]]
             if not len(slots) or int(last.min()) >= span:
@@ -315,6 +320,9 @@ class BlockPool:
         self._owner[slot] = g
         self._loaded[slot] = loaded
         self._addresses[slot] = loaded.bound.addresses
+        if loaded.room is not None:
+            self._held_bytes += len(loaded.room.bytes)
+            self._held_stored_bytes += int(self._sizes[g])
         self._spoilt[slot] = bool(loaded.bound.bad) or loaded.failed is not None
         self._local[g] = self._cache is not None
         self.stats.loaded += 1
