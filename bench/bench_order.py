@@ -27,6 +27,7 @@ from rich.console import Console
 
 from bench import order_statistics
 from bench.tables import Table, show, write_page
+from millrace.feed.cipher import mix64
 from millrace.feed.mixing import MixedOrder, Stage, Stream, plan_streams
 from millrace.feed.order import EpochOrder, Order, OrderPlan, Shuffle, plan_order
 from millrace.feed.share import Sharing
@@ -62,6 +63,12 @@ def spread() -> list[Table]:
             held = lanes * window * 200 * TOKEN_BYTES / 1e6
             line = ("", str(lanes), str(window), f"{one / full[0]:.3f}", f"{many / full[1]:.3f}", f"{blocks:.1f}")
             body.append((*line, f"{held:,.0f}"))
+    for held in (2000, 20_000, 100_000):
+        ids = _buffered(200_000, held)
+        of = [ids[: len(ids) // b * b].reshape(-1, b).std(axis=1, ddof=1).mean() for b in (32, 256)]
+        few = 1 + (np.diff(np.sort(ids.reshape(-1, 32) // 200, axis=1), axis=1) > 0).sum(axis=1).mean()
+        line = (f"buffer of {held:,} rows", "-", "-", f"{of[0] / full[0]:.3f}", f"{of[1] / full[1]:.3f}", f"{few:.1f}")
+        body.append((*line, f"{held * TOKEN_BYTES / 1e6:,.0f}"))
     plain = measured(OrderPlan(1, Shuffle.BLOCKS, 1, 1))
     body.append(("blocks", "-", "-", f"{plain[0] / full[0]:.3f}", f"{plain[1] / full[1]:.3f}", f"{plain[2]:.1f}", "2"))
     default = plan_order(rows, rows * TOKEN_BYTES, seed=1, shuffle=Shuffle.WINDOW)
@@ -70,9 +77,21 @@ def spread() -> list[Table]:
     return [Table("order-spread", "Spread of row ids in a batch, of a full shuffle's", head, tuple(body), notes)]
 
 
+def _buffered(rows: int, held: int) -> Int64s:
+    """A shuffle buffer: rows come in sequence, and each takes the place of one that is drawn and goes out."""
+    generator = np.random.default_rng(1)
+    buffer = np.arange(held)
+    out = np.empty(rows, np.int64)
+    drawn = generator.integers(0, held, rows - held)
+    for number, place in enumerate(drawn):
+        out[number], buffer[place] = buffer[place], held + number
+    out[rows - held :] = generator.permutation(buffer)
+    return out
+
+
 def reads() -> list[Table]:
     """Blocks that all nodes fetch together, over the blocks there are, by simulating every position of an epoch."""
-    tables = []
+    tables: list[Table] = []
     for title, nodes in (("Read amplification", NODES), ("Read amplification, other numbers of nodes", ODD_NODES)):
         body = []
         for blocks, each, block_mb in ((100, 512, 4), (1000, 200, 1.6384), (10_000, 64, 1), (100_000, 64, 4)):
@@ -133,6 +152,9 @@ def speed() -> list[Table]:
             (f"the share of 1 of {world} ranks, 32 rows a step", *(f"{_sharing(sharing, c):.0f}" for c in CALLS))
         )
     body.append(("tally of rows", *(f"{_tallying(count):.0f}" for count in CALLS)))
+    keys = np.arange(65_536, dtype=np.uint64)
+    sorting = _rounds_ns(lambda number: np.argsort(mix64(keys + np.uint64(number))), 65_536)
+    body.append(("instead: a window of 65,536 rows sorted by hashes", "-", "-", "-", f"{sorting:.0f}"))
     head = ("ns a position, in calls of", *(f"{count:,}" for count in CALLS))
     return [Table("order-speed", "Locating", head, tuple(body))]
 
@@ -190,7 +212,13 @@ def scale() -> list[Table]:
         "first batch of 32 at a random position, ms",
         "peak MB",
     )
+    generator = np.random.default_rng(4)
+    start = time.perf_counter()
+    generator.permutation(10_000_000)
+    listed = time.perf_counter() - start
     notes = (
+        f"A list instead: numpy's permutation of a hundredth of it, 10,000,000 rows, took {listed * 1e3:,.0f} ms and "
+        "80 MB.",
         f"Resident memory of the whole process, of which {before_mb:.0f} MB are Python, NumPy and the imports, and "
         f"{(even.nbytes * 3 + uneven.nbytes) / 1e6:.0f} MB the columns of blocks that this measurement holds.",
     )

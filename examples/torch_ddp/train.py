@@ -1,7 +1,7 @@
 """Plain PyTorch DDP: trains on any number of processes, and goes on after a kill on any other number.
 
-    torchrun --nproc-per-node 2 train.py         # or: python train.py --processes 2
-    python train.py                              # goes on from the newest checkpoint, on one process
+    torchrun --standalone --nproc-per-node 2 train.py    # or: python train.py --processes 2
+    python train.py                                      # goes on from the newest checkpoint, on one process
 
 A loss is that of the global batch: the sum over its rows, on whatever rank they are, divided by their number. So it is
 the same number for every world size, up to the order in which floating-point numbers are added: in float64 and over a
@@ -16,14 +16,15 @@ import os
 import tempfile
 from typing import Any
 
-import millrace
-import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from millrace.feed.torch import gather_receipts
-from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
+
+import millrace
+import torch
+from millrace.feed.torch import gather_receipts
+from torch import nn
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -33,16 +34,17 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
 
 
 def train(args: argparse.Namespace) -> None:
+    """One rank's training."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     model = DistributedDataParallel(nn.Sequential(nn.Linear(3, 32), nn.Tanh(), nn.Linear(32, 1)))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
 
     ds = millrace.open("flour", cache="./cache")
     loader = ds.loader(batch_size=args.batch_size, seed=17)  # this rank's share: asks torch.distributed
     step = 0
-    with millrace.checkpoints(args.run, placement={"replicas": 2, "min_clouds": 2}) as checkpoints:
+    with millrace.checkpoints(args.name, placement={"replicas": 2, "min_clouds": 2}) as checkpoints:
         if (saved := checkpoints.latest()) is not None:
             state = state_of(model, optimizer)
             saved.load_into(state)
@@ -65,6 +67,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor]) -> float:
+    """One step, and the loss of its global batch."""
     rows = torch.tensor(len(batch["y"]))
     dist.all_reduce(rows)  # ranks may have a row more or less than others, in an epoch's last step even none
     optimizer.zero_grad()
@@ -78,6 +81,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[s
 
 
 def say(line: str) -> None:
+    """Print a line once, not on every rank."""
     if dist.get_rank() == 0:
         print(line, flush=True)
 
@@ -90,12 +94,13 @@ def process(rank: int, meeting: str, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Train in this process if torchrun started it, else in as many as are asked for."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--processes", type=int, default=1, help="how many to start; torchrun starts its own")
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--batch-size", type=int, default=32, help="of the global batch")
     parser.add_argument("--save-every", type=int, default=5, help="steps from one checkpoint to the next")
-    parser.add_argument("--run", default="flour-ddp", help="the checkpoints' name")
+    parser.add_argument("--name", default="flour-ddp", help="of the checkpoints")
     args = parser.parse_args()
     if "RANK" in os.environ:  # torchrun
         dist.init_process_group("gloo")

@@ -65,6 +65,29 @@ def test_backup(folder: Path) -> None:
     assert there == {name: (things / name).read_bytes() for name in ("sacks.csv", "deep/a note.txt", "empty")}
 
 
+def test_feed_goes_on_after_every_kind_of_stop(folder: Path) -> None:
+    where = folder / "feed"
+    _millrace("run", "pipeline.yaml", "--workers", "1", cwd=where)
+
+    def train(*args: str, code: int = 0) -> list[str]:
+        done = subprocess.run([sys.executable, "train.py", *args], cwd=where, capture_output=True, text=True)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout.splitlines()
+
+    undisturbed = train()
+    assert len(undisturbed) == 6
+    losses = [float(line.split()[3].rstrip(",")) for line in undisturbed]
+    assert losses == sorted(losses, reverse=True)
+    assert all(", 75 rows, " in line for line in undisturbed)
+    assert train() == ["goes on at epoch 6, row 0"]  # there is nothing left to do
+
+    (where / "saved.npz").unlink()
+    lines = [line for steps in ("3", "7", "10") for line in train("--stop-after", steps, code=1)]
+    lines += train()
+    assert "goes on at epoch 0, row 40" in lines
+    assert list(dict.fromkeys(line for line in lines if line.startswith("epoch"))) == undisturbed
+
+
 @pytest.mark.parametrize("file", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda f: f.relative_to(EXAMPLES).as_posix())
 def test_editors_can_check_them(file: Path) -> None:
     text = file.read_text(encoding="utf-8")

@@ -213,11 +213,10 @@ class Series:
 
     async def aclose(self) -> None:
         """Stop; what isn't replicated yet stays in the local store, for the next :meth:`open`."""
-        while self._worker is not None and not self._worker.done():
-            # More than once: before Python 3.13 a task group whose child fails at that moment swallows it.
+        if self._worker is not None:
             self._worker.cancel()
-            await asyncio.wait((self._worker,), timeout=_ELSEWHERE_S)
-        self._worker = None
+            await asyncio.gather(self._worker, return_exceptions=True)
+            self._worker = None
 
     async def save(self, saving: Saving) -> CheckpointManifest:
         """See :func:`millrace.catalog.checkpoint_save.save`; replication begins in the background."""
@@ -293,12 +292,18 @@ class Series:
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
-        me = asyncio.current_task()
-        while me is not None and not me.cancelling():
+        while True:
             self._wake.clear()
             ready = [step for step, job in self._jobs.items() if job.not_before_s <= loop.time()]
             if ready:
-                await self._attempt(max(ready))  # the newest is worth most
+                attempt = asyncio.create_task(self._attempt(max(ready)))  # the newest is worth most
+                try:
+                    await asyncio.wait((attempt,))
+                finally:
+                    while not attempt.done():
+                        # More than once: before Python 3.13 a task group whose child fails just then swallows it.
+                        attempt.cancel()
+                        await asyncio.wait((attempt,), timeout=_ELSEWHERE_S)
                 continue
             soonest = min((job.not_before_s for job in self._jobs.values()), default=None)
             with contextlib.suppress(TimeoutError):

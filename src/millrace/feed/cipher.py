@@ -233,10 +233,13 @@ def _column(column: Words, which: Int64s | None) -> Words:
 
 
 def _grids(which: Int64s | None, domains: Domains, word: type) -> tuple[Words, Words, Words | None]:
-    """Of each place its grid's tall, wide and edge; edge is None if no grid has a shorter last row."""
+    """Of each place its grid's tall, wide and edge; edge is None if none of these grids has a shorter last row."""
     tall: Words = _column(domains.tall, which).astype(word, copy=False)
     wide: Words = _column(domains.wide, which).astype(word, copy=False)
-    return tall, wide, None if domains.whole else _column(domains.edge, which).astype(word, copy=False)
+    if domains.whole:
+        return tall, wide, None
+    edge: Words = _column(domains.edge, which).astype(word, copy=False)
+    return tall, wide, None if (edge + _ONE == wide).all() else edge
 
 
 def _network32(words: UInt32s, tall: UInt32s, wide: UInt32s, edge: UInt32s | None, low: UInt32s, high: UInt32s) -> None:

@@ -11,7 +11,6 @@ Why it is made so, the alternatives, and the measured statistics: docs/design/fe
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Protocol
@@ -35,6 +34,7 @@ __all__ = [
     "lanes_of",
     "parse_shuffle",
     "plan_order",
+    "reversed_bits",
 ]
 
 Int64s = npt.NDArray[np.int64]
@@ -45,7 +45,7 @@ ORDER_VERSION: Final = 1
 READ_AHEAD_BYTES: Final = 288_000_000
 """What the windows of all lanes together hold at most, where lanes and window are not given."""
 
-_LANES_MAX: Final = 1 << 16
+_LANES_MAX: Final = 1024
 _WINDOW_MAX: Final = 1 << 31
 _LANES_DEFAULT: Final = 64
 _LANES_FEW: Final = 8
@@ -91,7 +91,7 @@ class OrderPlan:
     Attributes:
         seed: 0 to 2**64 - 1.
         shuffle: How far rows move.
-        lanes: 1 to 65,536; 1 for ``blocks`` and ``none``.
+        lanes: 1 to 1,024; 1 for ``blocks`` and ``none``.
         window: Consecutive permuted blocks that are mixed in a lane. 1 for ``blocks`` and ``none``, all for ``full``.
     """
 
@@ -426,7 +426,7 @@ class EpochOrder:
         size = self._plan.window
         lanes = np.flatnonzero(np.diff(self._lane_starts))
         lane_start, lane_end = self._lane_starts[lanes], self._lane_starts[lanes + 1]
-        phase = _phases(self._plan.lanes, size)[lanes]
+        phase = reversed_bits(self._plan.lanes)[lanes] * size >> (self._plan.lanes - 1).bit_length()
         first = (np.searchsorted(edges, lane_start, side="right") - 1 + phase) // size
         last = (np.searchsorted(edges, lane_end - 1, side="right") - 1 + phase) // size
         counts = last - first + 1
@@ -448,8 +448,13 @@ def _even_cut(rows: int, lanes: int) -> Int64s:
     return lane * each + np.minimum(lane, more)
 
 
-def _phases(lanes: int, window: int) -> Int64s:
-    """For each lane a different part of a window: the bits of its number reversed, as a fraction, times the window."""
+def reversed_bits(lanes: int) -> Int64s:
+    """Of each lane the bits of its number in reverse: int64, shape (lanes,), different numbers below a power of two.
+
+    Any stretch of lanes comes out spread evenly (van der Corput 1935).
+    """
     bits = (lanes - 1).bit_length()
-    reversed_bits: Sequence[int] = [int(f"{lane:0{bits}b}"[::-1], 2) if bits else 0 for lane in range(lanes)]
-    return np.array([value * window >> bits for value in reversed_bits], np.int64)
+    number, found = np.arange(lanes, dtype=np.int64), np.zeros(lanes, np.int64)
+    for bit in range(bits):
+        found |= ((number >> bit) & 1) << (bits - 1 - bit)
+    return found

@@ -3,6 +3,11 @@
 Global batch s is the positions ``[s * B, (s + 1) * B)``, for every world size. Its rows are sorted by lane, and rank r
 of R takes the part from ``r * n // R`` to ``(r + 1) * n // R``: so each rank keeps to its own lanes, and a node reads
 about its share of the dataset's bytes and no more. Shares differ by a row at most, so any world size will do.
+
+The lanes are sorted by their bits in reverse. Where a batch isn't a whole number of rounds through the lanes, some of
+them have one row more than others: a stretch of lanes, another one at each step. In the order of lanes it would push
+the borders between ranks back and forth, and two or three ranks would read every lane; in reverse it is spread evenly
+over all ranks, and the borders stay (measured in docs/design/feed-order.md).
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from millrace.core.errors import UsageError
+from millrace.feed.order import reversed_bits
 
 __all__ = ["Sharing"]
 
@@ -124,26 +130,25 @@ class Sharing:
 
 
 def _by_lane(origin: Int64s, nth: Int64s, count: int, lanes: int) -> Int64s:
-    """The nth (in the last axis) of ``count`` positions from a start in the lane ``origin``, when sorted by lane.
+    """The nth of ``count`` positions from a start in the lane ``origin``, when they are sorted by lane.
 
-    Counted from the start. Each lane has ``each`` of them, and ``more`` lanes one more: those from ``origin``, around
-    the end. So the lanes fall into four runs: [0, around) and [origin, until) have one more, [around, origin) and
-    [until, lanes) have not; that gives the lane by division instead of by sorting.
+    Args:
+        origin: int64, shape (origins, 1).
+        nth: int64, shape (n,), below ``count``.
+        count: Of these each lane has ``count // lanes``, and those from ``origin`` on one more, while any are left.
+        lanes: Of the order.
+
+    Returns:
+        int64, shape (origins, n): counted from the start.
     """
     each, more = divmod(count, lanes)
-    around = np.maximum(origin + more - lanes, 0)
-    until = np.minimum(origin + more, lanes)
-    second = around * (each + 1)
-    third = second + (origin - around) * each
-    fourth = third + (until - origin) * (each + 1)
-    few = max(1, each)  # with none each, the second and the fourth run have no rows
-    lane = np.where(
-        nth < third,
-        np.where(nth < second, nth // (each + 1), around + (nth - second) // few),
-        np.where(nth < fourth, origin + (nth - third) // (each + 1), until + (nth - fourth) // few),
-    )
-    before = lane * each + np.minimum(lane, around) + np.clip(lane - origin, 0, until - origin)
-    taken: Int64s = (lane - origin) % lanes + (nth - before) * lanes
+    distance = (np.argsort(reversed_bits(lanes)) - origin) % lanes
+    ends = np.cumsum(each + (distance < more), axis=1)
+    # One search for all origins: each has numbers of its own.
+    apart = np.arange(len(origin), dtype=np.int64)[:, None] * count
+    found = np.searchsorted((ends + apart).ravel(), nth + apart, side="right")
+    lane, begin = distance.ravel()[found], (ends - each - (distance < more)).ravel()[found]
+    taken: Int64s = np.add(lane, (nth - begin) * lanes)
     return taken
 
 
