@@ -10,6 +10,7 @@ bytes. Each loader's own copy of the rows is deleted after its workload, unless 
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sys
 from collections.abc import Sequence
@@ -28,22 +29,24 @@ QUICK_ROWS = {"tokens": 20_000, "blobs": 4_000, "mix": 8_000}
 SECONDS, WARM_S = 5.0, 4.0
 QUICK_SECONDS, QUICK_WARM_S = 1.0, 0.5
 
+Shares = tuple[float, ...]
+
 
 def feeders() -> list[Feeder]:
     """All of them; those whose environment isn't there are skipped when they are measured."""
     torch, grain = interpreter(".venv-peers"), interpreter(".venv-peers2")
 
-    def of(name: str, module: str, variant: str, *needs: str, kind: str = "library", workers: int = 0) -> Feeder:
+    def of(name: str, module: str, variant: str, *needs: str, kind: str = "library", at: Shares = (0.5,)) -> Feeder:
         python = grain if module == "grain_records" else torch
-        ours = kind == "ours"
-        return Feeder(Contestant(name, module, python, ("torch", *needs), variant, ours=ours), kind, workers)
+        contestant = Contestant(name, module, python, ("torch", *needs), variant, ours=kind == "ours")
+        return Feeder(contestant, kind, at=at)
 
     return [
-        of("Millrace", "millrace_feed", "window", "millrace", kind="ours"),
-        of("Millrace, NumPy arrays", "millrace_feed", "numpy", "millrace", kind="ours"),
-        of("Millrace, shuffle=full", "millrace_feed", "full", "millrace", kind="ours"),
-        of("Millrace, shuffle=blocks", "millrace_feed", "blocks", "millrace", kind="ours"),
-        of("gather from memory (the limit)", "memmap", "limit", kind="limit"),
+        of("Millrace", "millrace_feed", "window", "millrace", kind="ours", at=(0.1, 0.5, 0.9)),
+        of("Millrace, NumPy arrays", "millrace_feed", "numpy", "millrace", kind="ours", at=()),
+        of("Millrace, shuffle=full", "millrace_feed", "full", "millrace", kind="ours", at=()),
+        of("Millrace, shuffle=blocks", "millrace_feed", "blocks", "millrace", kind="ours", at=()),
+        of("gather from memory (the limit)", "memmap", "limit", kind="limit", at=()),
         of("memmap, bare loop", "memmap", "bare", kind="hand"),
         of("memmap, DataLoader", "memmap", "loader", kind="hand"),
         of("HF datasets, map", "hf", "map", "datasets"),
@@ -60,23 +63,16 @@ def feeders() -> list[Feeder]:
 
 def with_workers() -> list[Feeder]:
     """Those that have worker processes, with two."""
-    loaders = {"Millrace": "loader"}
-    chosen = [f for f in feeders() if f.contestant.variant not in {"limit", "bare", "numpy", "full", "blocks", "16"}]
-    return [
-        Feeder(
-            Contestant(
-                f"{f.contestant.name.removesuffix(', no threads')}, 2 workers",
-                f.contestant.module,
-                f.contestant.python,
-                f.contestant.needs,
-                loaders.get(f.contestant.name, f.contestant.variant),
-                ours=f.contestant.ours,
-            ),
-            f.kind,
-            2,
-        )
-        for f in chosen
-    ]
+    alone = {"limit", "bare", "numpy", "full", "blocks", "16"}
+    changes = {"window": "loader"}
+    found = []
+    for feeder in feeders():
+        one = feeder.contestant
+        if one.variant not in alone:
+            name = f"{one.name.removesuffix(', no threads')}, 2 workers"
+            changed = dataclasses.replace(one, name=name, variant=changes.get(one.variant, one.variant))
+            found.append(Feeder(changed, feeder.kind, workers=2))
+    return found
 
 
 def measure_feed(

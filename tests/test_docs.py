@@ -28,6 +28,7 @@ from typer.main import get_command
 
 import millrace.cli.adopt
 import millrace.cli.catalog
+import millrace.cli.checkpoints
 import millrace.cli.demo
 import millrace.cli.feed
 import millrace.cli.init

@@ -36,13 +36,13 @@ class Feeder:
         contestant: Its module is below ``bench.feed.contestants``; all ways of a module share its copy of the rows.
         workers: Processes; 0 for none.
         kind: ``ours``, ``library``, ``hand`` (what a person writes instead) or ``limit``.
-        workloads: Those it is for; none means all.
+        at: Shares of an epoch to resume at, if it can be.
     """
 
     contestant: Contestant
     kind: str = "library"
     workers: int = 0
-    workloads: tuple[str, ...] = ()
+    at: tuple[float, ...] = (0.5,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,6 @@ class FeedPlan:
     seed: int
     seconds: float
     warm_s: float
-    at: tuple[float, ...] = (0.1, 0.5, 0.9)
     timeout_s: float = 1800.0
 
 
@@ -142,8 +141,7 @@ def measure_feeds(feeders: Sequence[Feeder], plan: FeedPlan, say: Callable[[str]
         say: Told of each run as it ends.
     """
     adopt_orphans()
-    wanted = [f for f in feeders if not f.workloads or plan.workload in f.workloads]
-    found = [Figures(feeder, skipped=missing(feeder.contestant)) for feeder in wanted]
+    found = [Figures(feeder, skipped=missing(feeder.contestant)) for feeder in feeders]
     for figures in found:
         if figures.skipped:
             say(f"skipped {figures.name}: {figures.skipped}")
@@ -188,14 +186,14 @@ def _begin(figures: Figures, plan: FeedPlan, tally: Tally, uniform: float, say: 
             data.rename(making)
             shutil.rmtree(making)
             raise
-    whole = dict(_step("whole", figures, plan, *_at(*plan.at)))
+    whole = dict(_step("whole", figures, plan, *_at(*figures.feeder.at)))
     whole["spread"] /= uniform
     figures.whole = whole
     if whole["tally"] != tally.plain() and not (whole["lost"] or whole["repeated"]):
         raise Failed(f"the rows aren't what was written: {whole['tally']} instead of {tally.plain()}")
     if whole["states"]:
-        figures.resumed = {at: [] for at in plan.at}
-        for at in plan.at:
+        figures.resumed = {at: [] for at in figures.feeder.at}
+        for at in figures.feeder.at:
             figures.after[at] = _step("after", figures, plan, *_at(at))
     say(f"an epoch of {figures.name}: {whole['lost']} lost, {whole['repeated']} repeated, spread {whole['spread']:.2f}")
 

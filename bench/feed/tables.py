@@ -38,19 +38,17 @@ def of_rates(name: str, title: str, found: Sequence[Figures]) -> Table:
 
 
 def of_resuming(name: str, title: str, found: Sequence[Figures]) -> Table:
-    """Milliseconds to the first batch, from the beginning and from states."""
-    shown = [figures for figures in _done(found) if figures.feeder.kind != "limit"]
-    at = sorted({at for figures in shown for at in figures.after})
+    """Milliseconds to the first batch, from the beginning and from states; lost and repeated rows at half."""
+    shown = [figures for figures in _done(found) if figures.feeder.at]
+    at = sorted({share for figures in shown for share in figures.after})
     lines = []
     for figures in sorted(shown, key=lambda figures: statistics.median(figures.first_s)):
-        line = [_name(figures), _milliseconds(figures.first_s)]
-        if not figures.after:
-            lines.append((*line, *["-"] * (len(at) + 3)))
-            continue
-        line += [_milliseconds(figures.resumed[share]) for share in at]
-        half = figures.after[min(at, key=lambda share: abs(share - 0.5))]
-        line += [f"{half['lost']:,}", f"{half['repeated']:,}", f"{figures.whole['state_bytes']:,}"]
-        lines.append(tuple(line))
+        times = [_milliseconds(figures.resumed.get(share, [])) for share in at]
+        half = figures.after.get(0.5)
+        rest = (
+            (f"{half['lost']:,}", f"{half['repeated']:,}", f"{figures.whole['state_bytes']:,}") if half else ("-",) * 3
+        )
+        lines.append((_name(figures), _milliseconds(figures.first_s), *times, *rest))
     head = ("", "first batch, ms", *(f"resumed at {share:.0%}, ms" for share in at), "lost", "repeated", "state, bytes")
     return Table(name, title, head, tuple(lines))
 

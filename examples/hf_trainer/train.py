@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def main() -> None:
     torch.manual_seed(0)
     arguments = TrainingArguments(
         output_dir="out",
-        per_device_train_batch_size=32,
+        per_device_train_batch_size=32 // int(os.environ.get("WORLD_SIZE", "1")),  # the global batch has 32 rows
         max_steps=args.steps,
         save_steps=5,
         seed=17,

@@ -318,7 +318,7 @@ def test_a_decoder_that_fails_costs_its_row(make_loader: MakeLoader, source_of: 
         return value.astype(np.int32) * 2
 
     loader = make_loader(source, 4, decode={"blob": decode})
-    seen = {}
+    seen: dict[int, int] = {}
     for batch in loader:
         assert batch["blob"].shape == (len(batch["id"]), 4)
         seen |= dict(zip(batch["id"].tolist(), batch["blob"][:, 0].tolist(), strict=True))

@@ -103,10 +103,12 @@ class Loader:
         return (Batch(batch["tokens"]) for batch in self._batches)
 
     def _blobs(self) -> Iterator[Batch]:
-        return (Batch(*batch["payload"]) for batch in self._batches)
+        return (Batch(*batch["payload"]) for batch in self._batches)  # values and offsets
 
     def _mix(self) -> Iterator[Batch]:
-        return (Batch(*batch["payload"], kinds=batch["kind"]) for batch in self._batches)
+        for batch in self._batches:
+            values, offsets = batch["payload"]
+            yield Batch(values, offsets, batch["kind"])
 
 
 if __name__ == "__main__":

@@ -235,7 +235,7 @@ class Series:
         """Until it is replicated as the policy wants.
 
         Args:
-            step: Which; None for all that are not yet.
+            step: Which; None for all that are not yet. Of these, what retention drops meanwhile is left out.
             timeout_s: How long to go on trying. None waits for the end of one attempt at each.
 
         Raises:
@@ -250,14 +250,18 @@ class Series:
         self._wake.set()
         try:
             async with asyncio.timeout(timeout_s):
-                return tuple([await self._settled(s, before.get(s), once=timeout_s is None) for s in steps])
+                settled = [await self._settled(s, before.get(s), once=timeout_s is None) for s in steps]
         except TimeoutError as error:
             late = [s for s in steps if s in self._jobs]
             raise TimedOut(
                 f"after {timeout_s:g} s {self._sentence(late)}", store=",".join(sorted(self._in_the_way(late)))
             ) from error
+        if step is not None and settled == [None]:
+            raise UsageError(f"{self.depot.name} has no checkpoint of step {step}, or retention has dropped it")
+        return tuple(one for one in settled if one is not None)
 
-    async def _settled(self, step: int, tries: int | None, *, once: bool) -> Replication:
+    async def _settled(self, step: int, tries: int | None, *, once: bool) -> Replication | None:
+        """What became of it; None when it is gone."""
         async with self._changed:
             await self._changed.wait_for(
                 lambda: step not in self._jobs or (once and self._jobs[step].tries > (tries or 0))
@@ -270,7 +274,7 @@ class Series:
             return self._done[step]
         record = (await records_of(self.depot)).get(step)
         if record is None:
-            raise UsageError(f"{self.depot.name} has no checkpoint of step {step}, or retention has dropped it")
+            return None
         return Replication(step, record.stores, {}, "" if record.state == "replicated" else "it was saved elsewhere")
 
     def _in_the_way(self, steps: list[int]) -> set[str]:
@@ -349,8 +353,8 @@ class Series:
         self.trouble = ""
         try:
             await self.retain()
-        except MillraceError as error:  # the next one does what this one didn't
-            self.trouble = str(error)
+        except Exception as error:  # the next one does what this one didn't
+            self.trouble = f"{type(error).__name__}: {error}"
 
     async def retain(self) -> Retained:
         """Take away what isn't to be kept, now. See :func:`millrace.catalog.checkpoint_retention.retain`."""

@@ -94,13 +94,13 @@ def _list(output: Output, name: str, world: Path | None, step: int | None, *, pi
             format_seconds(max(now_ms - line.created_at_ms, 0) / 1000),
             ", ".join((*line.stores, *(["this machine"] if line.local else []))) or "nowhere that answers",
             line.state,
-            "pinned" if line.pinned else "",
+            "yes" if line.pinned else "",
             line.digest[:16],
         )
         for line in lines
     ]
     if rows:
-        columns = ("step", "size", "files", "age", "whole in", "state", "", "digest")
+        columns = ("step", "size", "files", "age", "stores", "state", "pinned", "digest")
         output.table(columns, rows, right=("step", "size", "files", "age"))
     else:
         output.line(f"there is no checkpoint of {name} in what can be reached")

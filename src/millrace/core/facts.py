@@ -277,7 +277,7 @@ class CheckpointManifest(Fact):
     Attributes:
         name: Of the series, as ``millrace.checkpoints`` got it.
         step: Of the training run.
-        created_at_ms: Milliseconds since 1970. Not a part of what the checkpoint is: saving the same again is no change.
+        created_at_ms: Milliseconds since 1970. Not a part of what the checkpoint is: the same saved again is the same.
         kind: ``torch`` when it was written by torch.distributed.checkpoint, else ``files``.
         world_size: How many ranks wrote it.
         files: In the order of their paths.

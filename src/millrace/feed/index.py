@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -134,5 +135,5 @@ def _first_rows(rows: Int64s) -> Int64s:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(rows, dtype=np.int64)])
 
 
-def _join(columns: Sequence[npt.NDArray[np.signedinteger]], kind: type[np.signedinteger]) -> npt.NDArray:  # type: ignore[type-arg]
+def _join(columns: Sequence[npt.NDArray[Any]], kind: type[Any]) -> npt.NDArray[Any]:
     return np.concatenate(columns).astype(kind, copy=False) if columns else np.empty(0, kind)
