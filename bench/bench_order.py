@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import resource
 import statistics as middle
 import subprocess
@@ -36,8 +37,9 @@ from millrace.feed.tally import RowTally
 Int64s = npt.NDArray[np.int64]
 NODES = (1, 2, 4, 8, 64)
 ODD_NODES = (3, 5, 6, 7, 12, 48)
-CALLS = (2000, 4096, 8192, 65_536)
+COUNTS = (2000, 4096, 8192, 65_536)
 TOKEN_BYTES = 8192
+TURNS, CALLS_A_TURN = 12, 25
 BILLION = 1_000_000_000
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -120,18 +122,28 @@ def _read(block: Int64s, blocks: int, order: Order, sharing: Sharing) -> float:
     return touched / blocks
 
 
-def _rounds_ns(work: Callable[[int], object], count: int) -> float:
-    """Nanoseconds for each of ``count``: the least of many rounds, as other processes only ever add to it."""
-    best = math.inf
-    for number in range(60):
-        start = time.perf_counter()
-        work(number)
-        best = min(best, time.perf_counter() - start)
-    return best / count * 1e9
+Call = Callable[[int], object]
+"""Does it once, at a place that follows from a number."""
 
 
 def speed() -> list[Table]:
-    body = []
+    """Every cell in turn, again and again, and the least of each: what else the machine does only ever adds to it."""
+    cells = _cells()
+    least = dict.fromkeys(cells, math.inf)
+    for turn in range(TURNS):
+        for (name, count), work in cells.items():
+            for number in range(CALLS_A_TURN):
+                start = time.perf_counter()
+                work(turn * CALLS_A_TURN + number)
+                least[name, count] = min(least[name, count], (time.perf_counter() - start) / count * 1e9)
+    names = dict.fromkeys(name for name, _ in cells)
+    body = [(name, *(f"{least[name, c]:.0f}" if (name, c) in least else "-" for c in COUNTS)) for name in names]
+    head = ("ns a position, in calls of", *(f"{count:,}" for count in COUNTS))
+    return [Table("order-speed", "Locating", head, tuple(body))]
+
+
+def _cells() -> dict[tuple[str, int], Call]:
+    cells: dict[tuple[str, int], Call] = {}
     for blocks, uneven in ((1000, False), (1000, True), (1_000_000, False), (1_000_000, True)):
         rows = np.full(blocks, 1024, np.int64)
         if uneven:
@@ -140,39 +152,35 @@ def speed() -> list[Table]:
             plan = plan_order(rows, rows * 1024, seed=1, shuffle=shuffle)
             order = EpochOrder(plan, rows, manifest="m", epoch=0)
             layout = f"{blocks:,} blocks, {'1 to 2,047' if uneven else '1,024'} rows each, {shuffle.value}"
-            body.append((layout, *(f"{_locating(order, count):.0f}" for count in CALLS)))
+            cells |= {(layout, count): _locating(order, count) for count in COUNTS}
     rows = np.full(1000, 1024, np.int64)
     stages = [Stage(1_000_000, (0.6, 0.3, 0.1))]
     plans = plan_streams([(rows, rows * 1024)] * 3, stages, seed=1, shuffle=Shuffle.WINDOW)
     mixture = MixedOrder([Stream(p, rows, "m") for p in plans], stages, seed=1, epoch=0)
-    body.append(("mixture of 3", *(f"{_locating(mixture, count):.0f}" for count in CALLS)))
+    cells |= {("mixture of 3", count): _locating(mixture, count) for count in COUNTS}
     for world in (2, 8):
-        sharing = Sharing(32 * world, 1, world)
-        body.append(
-            (f"the share of 1 of {world} ranks, 32 rows a step", *(f"{_sharing(sharing, c):.0f}" for c in CALLS))
-        )
-    body.append(("tally of rows", *(f"{_tallying(count):.0f}" for count in CALLS)))
+        name = f"the share of 1 of {world} ranks, 32 rows a step"
+        cells |= {(name, count): _sharing(Sharing(32 * world, 1, world), count) for count in COUNTS}
+    cells |= {("tally of rows", count): _tallying(count) for count in COUNTS}
     keys = np.arange(65_536, dtype=np.uint64)
-    sorting = _rounds_ns(lambda number: np.argsort(mix64(keys + np.uint64(number))), 65_536)
-    body.append(("instead: a window of 65,536 rows sorted by hashes", "-", "-", "-", f"{sorting:.0f}"))
-    head = ("ns a position, in calls of", *(f"{count:,}" for count in CALLS))
-    return [Table("order-speed", "Locating", head, tuple(body))]
+    sorting = "instead: a window of 65,536 rows sorted by hashes"
+    cells[sorting, 65_536] = lambda number: np.argsort(mix64(keys + np.uint64(number)))
+    return cells
 
 
-def _sharing(sharing: Sharing, count: int) -> float:
-    steps = count // 32
-    return _rounds_ns(lambda number: sharing.positions(number * 7, steps, rows=BILLION, lanes=64), count)
-
-
-def _tallying(count: int) -> float:
-    tally, rows, stream = RowTally(), np.arange(count), np.zeros(count, np.int32)
-    return _rounds_ns(lambda number: tally.add(rows, stream, rows), count)
-
-
-def _locating(order: Order, count: int) -> float:
-    starts = np.random.default_rng(2).integers(0, order.rows - count, 60)
+def _locating(order: Order, count: int) -> Call:
+    starts = np.random.default_rng(2).integers(0, order.rows - count, TURNS * CALLS_A_TURN)
     span = np.arange(count, dtype=np.int64)
-    return _rounds_ns(lambda number: order.locate(starts[number] + span), count)
+    return lambda number: order.locate(starts[number] + span)
+
+
+def _sharing(sharing: Sharing, count: int) -> Call:
+    return lambda number: sharing.positions(number * 7, count // 32, rows=BILLION, lanes=64)
+
+
+def _tallying(count: int) -> Call:
+    tally, rows, stream = RowTally(), np.arange(count), np.zeros(count, np.int32)
+    return lambda number: tally.add(rows, stream, rows)
 
 
 def scale() -> list[Table]:
@@ -190,25 +198,27 @@ def scale() -> list[Table]:
         ("rows of 1 KB, uneven blocks", uneven, 1024),
     ):
         lengths = rows * row_bytes
-        made, located = [], []
-        for epoch in range(9):
-            start = time.perf_counter()
+        made, located, busy = [], [], []
+        for epoch in range(15):
+            start, used = time.perf_counter(), time.process_time()
             plan = plan_order(rows, lengths, seed=1, shuffle=Shuffle.WINDOW)
             order = EpochOrder(plan, rows, manifest="m", epoch=epoch)
             ready = time.perf_counter()
+            busy.append((time.process_time() - used) * 1e3)
             first = int(generator.integers(0, order.rows - 32))
             order.locate(np.arange(first, first + 32))
             located.append((time.perf_counter() - ready) * 1e3)
             made.append((ready - start) * 1e3)
         line = (name, f"{order.rows:,}", f"{plan.lanes} x {plan.window}", f"{middle.median(made):.0f}")
         span = f"{min(made):.0f} to {max(made):.0f}"
-        body.append((*line, span, f"{middle.median(located):.2f}", f"{_peak_mb():.0f}"))
+        body.append((*line, span, f"{middle.median(busy):.0f}", f"{middle.median(located):.2f}", f"{_peak_mb():.0f}"))
     head = (
         "",
         "rows",
         "lanes x window",
         "made, ms",
-        "of 9 epochs",
+        "of 15 epochs",
+        "of the processor, ms",
         "first batch of 32 at a random position, ms",
         "peak MB",
     )
@@ -217,6 +227,7 @@ def scale() -> list[Table]:
     generator.permutation(10_000_000)
     listed = time.perf_counter() - start
     notes = (
+        f"{os.getloadavg()[0]:.1f} processes wanted the {os.cpu_count()} cores of the machine meanwhile.",
         f"A list instead: numpy's permutation of a hundredth of it, 10,000,000 rows, took {listed * 1e3:,.0f} ms and "
         "80 MB.",
         f"Resident memory of the whole process, of which {before_mb:.0f} MB are Python, NumPy and the imports, and "

@@ -11,6 +11,7 @@ Each page is read from its top to its end in a folder of its own:
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -26,6 +27,7 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 from typer.main import get_command
 
+import millrace
 import millrace.cli.adopt
 import millrace.cli.catalog
 import millrace.cli.checkpoints
@@ -344,6 +346,45 @@ def test_every_error_has_its_line() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     rows = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
     assert rows == set(errors.__all__) - {"MillraceError"}
+
+
+def _sentences() -> list[str]:
+    """Every text that the code can say; what is put into it is a NUL."""
+    found = []
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(str(v.value) if isinstance(v, ast.Constant) else "\0" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_what_a_feed_is_said_to_say_is_said_by_the_code() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    section = re.search(r"^## Feeding\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    assert section
+    sentences = _sentences()
+    quoted: list[str] = []
+    for table in re.findall(r"(?:^\|.*\n)+", section[1], re.MULTILINE):
+        heading, _, *rows = table.splitlines()
+        says = heading.split("|").index(" it says ")
+        quoted += [span for row in rows for span in re.findall(r"`([^`]+)`", row.split("|")[says])]
+    assert len(quoted) > 50
+    patterns = {span: re.compile(".*".join(map(re.escape, span.split("..."))), re.DOTALL) for span in quoted}
+    unsaid = [span for span, wanted in patterns.items() if not any(map(wanted.search, sentences))]
+    assert not unsaid, f"docs/troubleshooting.md: nothing in the code says {unsaid}"
+
+
+def test_everything_a_user_imports_is_documented() -> None:
+    """``millrace.NAME`` stands in the page on feeding, or in one that it links to."""
+    first = ROOT / "docs" / "feeding.md"
+    text = first.read_text(encoding="utf-8")
+    linked = [first.parent / target for target in re.findall(r"\]\(([\w/.-]+\.md)", text)]
+    pages = text + "".join(page.read_text(encoding="utf-8") for page in linked if page.exists())
+    missing = [name for name in millrace.__all__ if not re.search(rf"\b{name}\b", pages)]
+    assert not missing, f"docs/feeding.md and the pages it links to don't name {missing}"
+    assert all(getattr(millrace, name) is not None for name in millrace.__all__)
 
 
 def test_the_commands_were_loaded() -> None:

@@ -132,6 +132,26 @@ def test_a_library_of_users_is_imported_by_its_adapter_alone(library: str, adapt
             assert not any(name.partition(".")[0] == library for name in names), f"{_name(file)} imports {library}"
 
 
+_LOADED = """
+import sys
+import {module}
+print(*sorted({{name.partition(".")[0] for name in sys.modules}} & set({heavy!r})))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "allowed"),
+    [("millrace", set()), ("millrace.client.dataset", {"numpy", "pyarrow", "pydantic", "asyncio"})],
+)
+def test_a_training_loop_loads_what_it_needs_and_no_more(module: str, allowed: set[str]) -> None:
+    heavy = {"asyncio", "numpy", "pyarrow", "pydantic", "duckdb", "obstore", "tokenizers", "torch", "jax", "fsspec"}
+    heavy |= {"typer", "rich"}
+    code = _LOADED.format(module=module, heavy=sorted(heavy))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) <= allowed, f"import {module} loads more than {sorted(allowed)}"
+
+
 def test_test_files_have_names_of_their_own() -> None:
     names = Counter(f.name for f in (ROOT / "tests").rglob("test_*.py"))
     assert [name for name, count in names.items() if count > 1] == []

@@ -98,7 +98,8 @@ def _done(found: Sequence[Figures]) -> list[Figures]:
 
 def _ours(found: Sequence[Figures]) -> Figures | None:
     """Millrace as it is by default: the first of its ways."""
-    return next((figures for figures in _done(found) if figures.feeder.kind == "ours"), None)
+    first = next((figures for figures in found if figures.feeder.kind == "ours"), None)
+    return first if first in _done(found) else None
 
 
 def _name(figures: Figures) -> str:

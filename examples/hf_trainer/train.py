@@ -1,8 +1,8 @@
 """Hugging Face Trainer: batches come ready-made from the feed, and a checkpoint has the feed's place in it.
 
-    python train.py                              # 40 steps, a checkpoint every 5 steps
-    python train.py --resume out/checkpoint-25
-    torchrun --standalone --nproc-per-node 2 train.py
+python train.py                              # 40 steps, a checkpoint every 5 steps
+python train.py --resume out/checkpoint-25
+torchrun --standalone --nproc-per-node 2 train.py
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
 import millrace
 import torch
 from millrace.feed.torch import FeedDataLoader
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
 
 STATE = "feed.json"
 

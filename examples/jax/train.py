@@ -1,6 +1,6 @@
 """JAX: batches as arrays on JAX's default device, one process.
 
-    python train.py
+python train.py
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+
 import millrace
 
 STATE = Path("state.json")

@@ -1,7 +1,7 @@
 """Lightning: the loader's state is saved in Lightning's checkpoints, and training goes on at the same row.
 
-    python train.py                              # 40 steps, a checkpoint every 5 steps
-    python train.py --resume checkpoints/step=25.ckpt
+python train.py                              # 40 steps, a checkpoint every 5 steps
+python train.py --resume checkpoints/step=25.ckpt
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 
 import lightning
+from lightning.pytorch.callbacks import ModelCheckpoint
+
 import millrace
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from millrace.feed.torch import FeedDataLoader
 from torch import nn
 

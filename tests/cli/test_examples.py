@@ -17,12 +17,13 @@ from millrace.cli.schema import SpecKind, json_schema
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 MILLRACE = (sys.executable, "-m", "millrace")
+MADE = ("world", ".millrace", "__pycache__", "cache", "saved.npz", "out", "restored")  # by who ran them in place
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A copy, so that runs leave nothing in the repository."""
-    shutil.copytree(EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns("world", ".millrace", "__pycache__"))
+    shutil.copytree(EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns(*MADE))
     return tmp_path / "examples"
 
 

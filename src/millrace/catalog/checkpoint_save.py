@@ -15,6 +15,7 @@ from millrace.catalog.checkpoint_manifest import check_step, encode_manifest, id
 from millrace.catalog.checkpoint_parts import each_within, is_true
 from millrace.catalog.checkpoint_survey import change_record, read_manifest, survey
 from millrace.catalog.checkpoint_whole import is_lost
+from millrace.catalog.crew import at_once
 from millrace.core.errors import CoordError, Fenced, StoreError, UsageError
 from millrace.core.facts import CheckpointFile, CheckpointManifest, CheckpointPart, CheckpointRecord
 from millrace.core.keys import checkpoint_object
@@ -119,8 +120,7 @@ class _Save:
                 raise UsageError(f"{path} can't be read: {error.strerror}") from error
 
         large = [item for item in self._tree.files if item.size_bytes > self._depot.part_bytes]
-        await each_within(budget, self._pieces(), one)
-        await each_within(Budget(pieces=2), large, whole)
+        await at_once([each_within(budget, self._pieces(), one), each_within(Budget(pieces=1), large, whole)])
         await asyncio.to_thread(still_the_same, self._tree)
         files = []
         for item in self._tree.files:
@@ -148,7 +148,7 @@ class _Save:
         for start in range(0, item.size_bytes, size):
             yield item, start, min(size, item.size_bytes - start)
 
-    async def _put(self, digest: Digest, data: bytearray) -> None:
+    async def _put(self, digest: Digest, data: memoryview) -> None:
         """Have these bytes in the local store. Two files of one content are put once."""
         first = self._under_way.get(digest)
         if first is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
@@ -19,6 +20,7 @@ from millrace.cli.output import Output
 from millrace.client.dataset import open_dataset
 from millrace.core.errors import UsageError
 from millrace.core.units import count, format_bytes, format_seconds
+from millrace.feed.columns import Ragged
 from millrace.feed.loader import Loader
 from millrace.feed.receipt import Receipt
 
@@ -68,6 +70,9 @@ def feed(
     output = Output(as_json=as_json)
 
     def work() -> tuple[Receipt, dict[str, Any]]:
+        for file in (state, receipt):
+            if file is not None:
+                _check_writable(file)  # before an epoch is read, not after
         chosen = False if no_cache else cache
         with (
             open_dataset(dataset, world=world, cache=chosen, cache_limit=cache_limit) as opened,
@@ -146,7 +151,8 @@ def _drain(loader: Loader, batch_size: int, output: Output) -> dict[str, Any]:
     rows = batches = 0
     with _view(output, total, first) as told:
         for batch in loader:
-            rows += len(next(iter(batch.values())))
+            first_column = next(iter(batch.values()))
+            rows += len(first_column.offsets) - 1 if isinstance(first_column, Ragged) else len(first_column)
             batches += 1
             now = time.perf_counter()
             if now - said >= _TOLD_EVERY_S:
@@ -196,6 +202,11 @@ def _read_state(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"--state {file} can't be read as a loader's state: {error}") from error
+
+
+def _check_writable(file: Path) -> None:
+    if file.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{file} can't be written; name a file in a folder that is there and is yours")
 
 
 def _write(file: Path, document: Any) -> None:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 import contextlib
-import itertools
 import random
-import socket
-from collections.abc import Callable, Mapping, Sequence
+import re
+import weakref
+from collections import deque
+from collections.abc import Mapping, MutableSequence
 from dataclasses import dataclass
-from os import getpid
 from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
 
 from millrace.catalog.manifests import OpenManifest, open_manifest
-from millrace.catalog.readers import reading
 from millrace.catalog.versions import label, resolve
-from millrace.client.formats import FormatName
-from millrace.client.recipe import LoaderOptions, build_loader, size_option
-from millrace.client.session import Session, session_at, session_for
+from millrace.client.claim import claimed
+from millrace.client.loadable import Loadable
+from millrace.client.recipe import size_option
+from millrace.client.session import Held, Session, session_at, session_for
 from millrace.client.source import VersionSource, read_index
 from millrace.core.errors import MillraceError, UsageError
 from millrace.core.facts import VersionRecord
@@ -38,8 +36,9 @@ from millrace.wiring.surroundings import cache_folder
 
 __all__ = ["Dataset", "open_dataset"]
 
-_NUMBERS: Final = itertools.count()
 _GB: Final = 1e9
+_EVENTS_KEPT: Final = 1000
+_DIGEST: Final = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -53,45 +52,43 @@ class _Opened:
     reader: ReplicaReader
 
 
-class Dataset:
+class Dataset(Loadable):
     """One version of a dataset, for reading. Made by :func:`open_dataset`.
 
-    While it is open, garbage collection leaves the version alone.
+    While it is open, or a loader of it is, garbage collection leaves the version alone.
 
     Attributes:
         label: ``name@3``; for one opened by its manifest's URL the first letters of the digest.
         digest: The manifest's: the version's true name.
-        events: What went wrong while reading, in one sentence each.
+        cache: Its blocks on this machine's disk; None without, and when it was closed.
     """
 
     def __init__(
         self, reference: str, *, world: Path | None = None, cache: Path | bool | None = None, cache_limit: str | int
     ) -> None:
         """See :func:`open_dataset`."""
-        self._arguments = (reference, world, cache, cache_limit)
-        is_url = "://" in reference
-        self._session: Session = session_at(reference) if is_url else session_for(world)
-        self.events: list[FeedEvent] = []
+        # What is relative means the same in a process that opens it again from elsewhere.
+        self._arguments = (reference, world, cache.absolute() if isinstance(cache, Path) else cache, cache_limit)
+        root, named = _parts(reference) if "://" in reference else ("", None)
+        self._session: Session = session_for(world) if named is None else session_at(root)
+        self._events: deque[FeedEvent] = deque(maxlen=_EVENTS_KEPT)
+        self._loaders: weakref.WeakSet[Loader] = weakref.WeakSet()
         self._closed = False
-        self._closing: asyncio.Event | None = None
-        self._holding: concurrent.futures.Future[None] | None = None
-        clock = self._session.world.clock
+        self._claim: Held[None] | None = None
+        open_world = self._session.world
         self.cache: BlockCache | None = None
         if cache is not False:
-            folder = cache_folder() if cache is None or cache is True else Path(cache)
+            folder = cache_folder() if cache is None or cache is True else cache
             limit = size_option("cache_limit", cache_limit)
-            self.cache = BlockCache(folder, limit_bytes=limit, clock=clock, on_event=self.events.append)
+            self.cache = BlockCache(folder, limit_bytes=limit, clock=open_world.clock, on_event=self._events.append)
         self._record: VersionRecord | None = None
-        if is_url:
-            digest = _digest_in(reference)
-            self.label = digest[:12]
-            self._opened = self._session.call(self._open(digest))
-        else:
-            self._record = self._session.call(resolve(self._session.world.coord, reference))
-            self.label = label(self._record)
-            self._opened = self._session.call(self._open(self._record))
-            self._holding = self._session.start(self._claim(self._record))
+        if named is None:
+            self._record = self._session.call(resolve(open_world.coord, reference))
+            self._claim = self._session.hold(claimed(open_world.coord, self._record, open_world.clock))
+            weakref.finalize(self, self._claim.release_soon).atexit = False  # at the end the session does
+        self._opened = self._session.call(self._open(self._record or Digest(named or "")))
         self.digest: Digest = self._opened.manifest.digest
+        self.label = self.digest[:12] if self._record is None else label(self._record)
 
     @property
     def schema(self) -> pa.Schema:
@@ -128,71 +125,6 @@ class Dataset:
             world = self._session.world.file
         return _reopen, (reference, world, cache, limit)
 
-    def loader(
-        self,
-        batch_size: int = 32,
-        *,
-        seed: int = 0,
-        shuffle: bool | str = True,
-        rank: int | None = None,
-        world_size: int | None = None,
-        replication: int = 1,
-        drop_last: bool = False,
-        columns: Sequence[str] | None = None,
-        format: FormatName | None = None,
-        decode: Mapping[str, Callable[[Any], Any]] | None = None,
-        lanes: int | None = None,
-        window: int | None = None,
-        prefetch: str | int = "256MB",
-        memory: str | int | None = None,
-        quarantine: float | str = 0.01,
-        pin_memory: bool = False,
-    ) -> Loader:
-        """Batches for one rank. See ``docs/feeding.md``.
-
-        Args:
-            batch_size: Rows in a *global* batch: over all ranks. Each rank gets its share of it.
-            seed: 0 to 2**64 - 1. The order is a function of the version, the seed and the epoch alone.
-            shuffle: ``True`` or ``"window"``; ``"full"``: over all rows, for what fits into memory; ``"blocks"``:
-                blocks in random order, batches mostly views of them; ``False``: the dataset's order.
-            rank: Which of ``world_size``. Default: as ``torch.distributed`` or the launcher's variables say.
-            world_size: How many ranks there are; goes with ``rank``.
-            replication: Ranks in a group that get the same rows (tensor parallel).
-            drop_last: Leave out the last batch of an epoch if it isn't full.
-            columns: Which; default all.
-            format: ``"torch"``, ``"numpy"``, ``"jax"`` or ``"arrow"``; default torch if it is installed, else numpy.
-            decode: Column to a function from a row's value (bytes, text, array) to an array or number. Rows it
-                raises on are set aside.
-            lanes: Of the order; default from the version's size. See ``docs/design/feed-order.md``.
-            window: Blocks that are mixed in each lane; default from the version's size.
-            prefetch: Bytes on their way into the cache ahead of their use.
-            memory: Bytes of blocks in memory; default what the shuffle window needs.
-            quarantine: Share of an epoch's rows that may be set aside before it is an error.
-            pin_memory: For torch: copy into page-locked memory if there is a device.
-
-        Raises:
-            UsageError: something here doesn't fit; says what, and what would.
-        """
-        options = LoaderOptions(
-            batch_size=batch_size,
-            seed=seed,
-            shuffle=shuffle,
-            rank=rank,
-            world_size=world_size,
-            replication=replication,
-            drop_last=drop_last,
-            columns=None if columns is None else tuple(columns),
-            format=format,
-            decode=dict(decode or {}),
-            lanes=lanes,
-            window=window,
-            prefetch=prefetch,
-            memory=memory,
-            quarantine=quarantine,
-            pin_memory=pin_memory,
-        )
-        return build_loader((self,), None, options)
-
     def traffic(self) -> tuple[Traffic, ...]:
         """What was read from each store since it was opened, and what that costs."""
         world = self._session.world
@@ -208,10 +140,37 @@ class Dataset:
             )
         return tuple(found)
 
+    @property
+    def events(self) -> tuple[FeedEvent, ...]:
+        """What went wrong while reading, in one sentence each; the newest 1,000."""
+        return tuple(self._events)
+
+    @property
+    def sink(self) -> MutableSequence[FeedEvent]:
+        """Where readers of it tell what went wrong."""
+        return self._events
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called, here or of its session."""
+        return self._closed or self._session.closed
+
+    def keep(self, loader: Loader) -> None:
+        """Close ``loader`` too when this is closed."""
+        self._loaders.add(loader)
+
     def close(self) -> None:
-        """Give up the claim on the version. Loaders made of it can't read any more. Safe to call twice."""
-        if not self._closed and not self._session.closed:
-            self._session.call(self._close())
+        """Close its loaders and give up the claim on the version. Safe to call twice, and in a forked child."""
+        if self._session.background.forked:
+            return
+        for loader in list(self._loaders):
+            loader.close()
+        self.cache = None  # its threads end with the last read that uses it
+        if not self.closed:
+            self._session.call(self._opened.reader.aclose())
+            if self._claim is not None:
+                with contextlib.suppress(MillraceError):  # a claim that can't be taken away ends by itself
+                    self._claim.release()
         self._closed = True
 
     def __enter__(self) -> Dataset:
@@ -232,23 +191,13 @@ class Dataset:
             price=lambda s: p.dollars if (p := egress_price(s.cloud, s.region, world.spec.here)) else 0.0,
             clock=world.clock,
             rng=random.Random(),  # noqa: S311  (jitter, not a secret)
-            on_event=self.events.append,
+            on_event=self._events.append,
         )
         source = VersionSource(opened, index, reader, self._session.background)
         return _Opened(opened, {site.name: site for site in readable.sites}, index, source, reader)
 
-    async def _close(self) -> None:
-        await self._opened.reader.aclose()
-        if self._closing is not None and self._holding is not None:
-            self._closing.set()
-            with contextlib.suppress(MillraceError):  # a claim that can't be taken away ends by itself
-                await asyncio.wrap_future(self._holding)
-
-    async def _claim(self, record: VersionRecord) -> None:
-        self._closing = asyncio.Event()
-        who = f"{socket.gethostname()}-{getpid()}-feed-{next(_NUMBERS)}"
-        async with reading(self._session.world.coord, record, who, self._session.world.clock):
-            await self._closing.wait()
+    def _streams(self) -> tuple[tuple[Dataset, ...], None]:
+        return (self,), None
 
 
 def open_dataset(
@@ -284,10 +233,12 @@ def _reopen(reference: str, world: Path | None, cache: Path | bool | None, limit
     return Dataset(reference, world=world, cache=cache, cache_limit=limit)
 
 
-def _digest_in(url: str) -> Digest:
-    name = url.rpartition("/")[2].removesuffix(".json")
-    if not url.endswith(manifest_key(Digest(name))) or len(name) != 64:
+def _parts(url: str) -> tuple[str, Digest]:
+    """A store's root and a manifest's digest."""
+    root, _, name = url.rpartition("/manifests/")
+    digest = name.removesuffix(".json")
+    if not _DIGEST.fullmatch(digest) or url != f"{root}/{manifest_key(Digest(digest))}":
         raise UsageError(
             f"{url!r} is not a manifest's URL; that ends in manifests/<64 letters of its digest>.json below a store"
         )
-    return Digest(name)
+    return root, Digest(digest)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from millrace.client.dataset import Dataset
-from millrace.client.formats import FormatName
-from millrace.client.recipe import LoaderOptions, build_loader
+from millrace.client.loadable import Loadable
 from millrace.core.errors import UsageError
-from millrace.feed.loader import Loader
 from millrace.feed.mixing import Stage, largest_epoch
 
 __all__ = ["Mix", "mix"]
@@ -17,7 +14,7 @@ __all__ = ["Mix", "mix"]
 Weights = Mapping[str, float]
 
 
-class Mix:
+class Mix(Loadable):
     """Datasets that are fed together. Made by :func:`mix`.
 
     Attributes:
@@ -36,68 +33,8 @@ class Mix:
     def __repr__(self) -> str:
         return f"<millrace mix of {', '.join(self.datasets)}: {len(self)} rows an epoch>"
 
-    def loader(
-        self,
-        batch_size: int = 32,
-        *,
-        seed: int = 0,
-        shuffle: bool | str = True,
-        rank: int | None = None,
-        world_size: int | None = None,
-        replication: int = 1,
-        drop_last: bool = False,
-        columns: Sequence[str] | None = None,
-        format: FormatName | None = None,
-        decode: Mapping[str, Callable[[Any], Any]] | None = None,
-        lanes: int | None = None,
-        window: int | None = None,
-        prefetch: str | int = "256MB",
-        memory: str | int | None = None,
-        quarantine: float | str = 0.01,
-        pin_memory: bool = False,
-    ) -> Loader:
-        """Batches for one rank, as ``Dataset.loader`` gives them.
-
-        Args:
-            batch_size: See ``Dataset.loader``, here and below.
-            seed: See there.
-            shuffle: See there; of each dataset in itself. How they are mixed is in ``weights``.
-            rank: See there.
-            world_size: See there.
-            replication: See there.
-            drop_last: See there.
-            columns: See there.
-            format: See there.
-            decode: See there.
-            lanes: See there.
-            window: See there.
-            prefetch: See there.
-            memory: See there.
-            quarantine: See there.
-            pin_memory: See there.
-
-        Raises:
-            UsageError: something here doesn't fit, or the datasets have different columns.
-        """
-        options = LoaderOptions(
-            batch_size=batch_size,
-            seed=seed,
-            shuffle=shuffle,
-            rank=rank,
-            world_size=world_size,
-            replication=replication,
-            drop_last=drop_last,
-            columns=None if columns is None else tuple(columns),
-            format=format,
-            decode=dict(decode or {}),
-            lanes=lanes,
-            window=window,
-            prefetch=prefetch,
-            memory=memory,
-            quarantine=quarantine,
-            pin_memory=pin_memory,
-        )
-        return build_loader(tuple(self.datasets.values()), self.stages, options)
+    def _streams(self) -> tuple[tuple[Dataset, ...], Sequence[Stage]]:
+        return tuple(self.datasets.values()), self.stages
 
 
 def mix(

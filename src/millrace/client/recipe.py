@@ -18,9 +18,10 @@ from millrace.feed.columns import columns_of
 from millrace.feed.loader import Loader
 from millrace.feed.mixing import MixedOrder, Stage, Stream, plan_streams, quotas
 from millrace.feed.order import ORDER_VERSION, EpochOrder, Order, OrderPlan, Shuffle, parse_shuffle, plan_order
-from millrace.feed.receipt import Traffic
+from millrace.feed.receipt import add_traffic
 from millrace.feed.recipe import Recipe
 from millrace.feed.share import Sharing
+from millrace.feed.spans import SPANS_A_WINDOW
 from millrace.wiring.surroundings import rank_and_world
 
 if TYPE_CHECKING:
@@ -66,17 +67,19 @@ def build_loader(datasets: Sequence[Dataset], stages: Sequence[Stage] | None, op
         UsageError: something doesn't fit; names it.
     """
     schema = _one_schema(datasets)
+    closed = [d.label for d in datasets if d.closed]
+    if closed:
+        raise UsageError(f"{closed[0]} was closed; open it again")
     empty = [d.label for d in datasets if len(d) == 0]
     if empty:
         raise UsageError(f"{empty[0]} has no rows, so there is nothing to feed")
     sharing = _sharing(options)
     finish = finish_for(options.format, pin_memory=options.pin_memory)
+    _check_decode(options)
     shuffle = parse_shuffle(options.shuffle)
     plans = _plans(datasets, stages, shuffle, options)
     order = _order(datasets, stages, plans)
     memory = _memory(datasets, plans, sharing, options)
-    lanes_here = -(-plans[0].lanes // sharing.groups)
-    window_rows = sum(int(d.index.rows.mean() * p.window * lanes_here) for d, p in zip(datasets, plans, strict=True))
     first = datasets[0]
     recipe = Recipe(
         sources=tuple(d.source for d in datasets),
@@ -89,20 +92,25 @@ def build_loader(datasets: Sequence[Dataset], stages: Sequence[Stage] | None, op
         sharing=sharing,
         finish=finish,
         in_place=shuffle in {Shuffle.BLOCKS, Shuffle.NONE} and stages is None,
-        window_rows=2**40 if shuffle is not Shuffle.WINDOW else window_rows,
+        window_rows=_window_rows(datasets, plans, sharing, memory),
         memory_bytes=memory,
         ahead_bytes=size_option("prefetch", options.prefetch),
-        quarantine=parse_share(options.quarantine),
+        quarantine=_share_option("quarantine", options.quarantine),
     )
     sharing.steps(order(0).rows)  # refuses what would give nothing
-    return Loader(
+    distinct = tuple(dict.fromkeys(datasets))
+    loader = Loader(
         recipe,
         cache=first.cache,
         background=first.session.background,
         clock=first.session.world.clock,
-        traffic=lambda: _traffic(datasets),
-        events=first.events,
+        traffic=lambda: add_traffic(item for d in distinct for item in d.traffic()),
+        events=first.sink,
+        others=lambda: [event for d in distinct[1:] for event in d.events],
     )
+    for dataset in distinct:
+        dataset.keep(loader)
+    return loader
 
 
 def _sharing(options: LoaderOptions) -> Sharing:
@@ -144,10 +152,17 @@ def _order(
     return lambda epoch: MixedOrder(streams, stages, seed=plans[0].seed, epoch=epoch)
 
 
+def _check_decode(options: LoaderOptions) -> None:
+    for name, decode in options.decode.items():
+        if not callable(decode):
+            raise UsageError(f"decode[{name!r}] is {decode!r}, which is no function; give one of a row's value")
+    if options.decode and options.format == "arrow":
+        raise UsageError("decode= is not for format='arrow', which gives rows as they are; take format='numpy'")
+
+
 def _memory(datasets: Sequence[Dataset], plans: Sequence[OrderPlan], sharing: Sharing, options: LoaderOptions) -> int:
     """Bytes for blocks: what the windows that are open at a time hold, and some that come."""
-    if options.memory is not None:
-        return size_option("memory", options.memory)
+    given = None if options.memory is None else size_option("memory", options.memory)
     total = 0
     for d, plan in zip(datasets, plans, strict=True):
         lengths = d.index.lengths
@@ -157,13 +172,27 @@ def _memory(datasets: Sequence[Dataset], plans: Sequence[OrderPlan], sharing: Sh
         lanes = min(-(-plan.lanes // sharing.groups) + 1, plan.lanes)
         blocks = min(lanes * plan.window, len(lengths))
         total += math.ceil(blocks * (float(lengths.mean()) + 65_536))
-    allowed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
-    if plans[0].shuffle is Shuffle.FULL and total > allowed:
-        raise UsageError(
-            f"shuffle='full' keeps the dataset in memory, {format_bytes(total)}, and a quarter of this machine's is "
-            f"{format_bytes(allowed)}; use shuffle='window', which spreads rows nearly as well, or say memory= yourself"
-        )
-    return total + _SPARE_BYTES
+    if plans[0].shuffle is Shuffle.FULL:
+        allowed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 if given is None else given
+        if total > allowed:
+            limit = "a quarter of this machine's" if given is None else "memory="
+            raise UsageError(
+                f"shuffle='full' keeps the dataset in memory, {format_bytes(total)}, and {limit} is "
+                f"{format_bytes(allowed)}; use shuffle='window', which spreads rows nearly as well, or "
+                f"{'say memory= yourself' if given is None else f'memory={total}'}"
+            )
+    return total + _SPARE_BYTES if given is None else given
+
+
+def _window_rows(datasets: Sequence[Dataset], plans: Sequence[OrderPlan], sharing: Sharing, memory_bytes: int) -> int:
+    """See ``Recipe.window_rows``. Where there are no windows, so many rows that a span of them needs half the memory."""
+    if plans[0].shuffle is Shuffle.WINDOW:
+        lanes = -(-plans[0].lanes // sharing.groups)
+        return sum(int(d.index.rows.mean() * p.window * lanes) for d, p in zip(datasets, plans, strict=True))
+    if plans[0].shuffle is Shuffle.FULL:
+        return 2**40
+    stored = sum(int(d.index.lengths.sum()) for d in datasets)
+    return SPANS_A_WINDOW * (memory_bytes * sum(len(d) for d in datasets) // (2 * stored))
 
 
 def size_option(what: str, value: str | int) -> int:
@@ -174,6 +203,13 @@ def size_option(what: str, value: str | int) -> int:
     """
     try:
         return parse_size(value)
+    except ValueError as error:
+        raise UsageError(f"{what}={value!r}: {error}") from error
+
+
+def _share_option(what: str, value: float | str) -> float:
+    try:
+        return parse_share(value)
     except ValueError as error:
         raise UsageError(f"{what}={value!r}: {error}") from error
 
@@ -206,7 +242,3 @@ def _identity(
         "order": ORDER_VERSION,
         "mix": None if stages is None else [[stage.rows, list(quotas(stage))] for stage in stages],
     }
-
-
-def _traffic(datasets: Sequence[Dataset]) -> list[Traffic]:
-    return [item for d in datasets for item in d.traffic()]

@@ -5,19 +5,61 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
+from millrace.core.errors import MillraceError, UsageError
 from millrace.feed.background import Background
 from millrace.wiring.world import OpenWorld, open_bare, open_world, read_world
 
-__all__ = ["Session", "session_at", "session_for"]
+__all__ = ["Held", "Session", "session_at", "session_for"]
 
 T = TypeVar("T")
+
+_FORKABLE: Final = ("file://", "memory://")
+
+
+class Held(Generic[T]):
+    """A context that stays entered on an event loop in another thread, until :meth:`release`.
+
+    Attributes:
+        value: What it gave.
+
+    Raises:
+        Exception: whatever entering it raises.
+    """
+
+    value: T
+
+    def __init__(self, background: Background, opening: AbstractAsyncContextManager[T]) -> None:
+        self._background = background
+        self._leave = asyncio.Event()
+        entered: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._left = background.start(_hold(opening, entered, self._leave))
+        try:
+            self.value = entered.result()
+        except BaseException:
+            self.release_soon()
+            raise
+
+    @property
+    def left(self) -> bool:
+        """Whether it was left, or ended by itself."""
+        return self._left.done()
+
+    def release(self) -> None:
+        """Leave it, and wait until that is done. Safe to call twice."""
+        self.release_soon()
+        self._left.result()
+
+    def release_soon(self) -> None:
+        """Leave it. Waits for nothing, so finalizers may say it."""
+        self._background.soon(self._leave.set)
 
 
 class Session:
@@ -25,6 +67,7 @@ class Session:
 
     Attributes:
         world: The open world. Use it only in coroutines given to :meth:`call` and :meth:`start`.
+        background: The event loop.
 
     Raises:
         UsageError, SpecError: there is no world file or it is wrong.
@@ -34,14 +77,13 @@ class Session:
 
     def __init__(self, opening: AbstractAsyncContextManager[OpenWorld]) -> None:
         self.background = Background("millrace-client")
-        self._closing = self.background.call(_event())
-        opened: concurrent.futures.Future[OpenWorld] = concurrent.futures.Future()
-        self._holding = self.background.start(self._hold(opening, opened))
+        self._guests: set[Held[None]] = set()
         try:
-            self.world = opened.result()
+            self._world = Held(self.background, opening)
         except BaseException:
             self.background.close()
             raise
+        self.world = self._world.value
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Have it done, and wait for it.
@@ -55,29 +97,35 @@ class Session:
         """Have it done in the background."""
         return self.background.start(work)
 
+    def hold(self, opening: AbstractAsyncContextManager[None]) -> Held[None]:
+        """Enter a context; it is left when it is released, or else before the world is closed.
+
+        Raises:
+            Exception: whatever entering it raises.
+        """
+        held = Held(self.background, opening)
+        self._guests = {guest for guest in self._guests if not guest.left} | {held}
+        return held
+
     @property
     def closed(self) -> bool:
         """Whether :meth:`close` was called."""
-        return self._holding.done()
+        return self._world.left
 
     def close(self) -> None:
         """Close the stores and end the thread. Safe to call twice."""
-        if not self._holding.done():
-            self.background.call(_set(self._closing))
-            self._holding.result()
-        self.background.close()
-
-    async def _hold(
-        self, opening: AbstractAsyncContextManager[OpenWorld], opened: concurrent.futures.Future[OpenWorld]
-    ) -> None:
+        if self.background.forked:
+            return
         try:
-            async with opening as world:
-                opened.set_result(world)
-                await self._closing.wait()
-        except BaseException as error:
-            if opened.done():
-                raise
-            opened.set_exception(error)
+            if not self.closed:
+                for guest in self._guests:
+                    guest.release_soon()
+                for guest in self._guests:
+                    with contextlib.suppress(MillraceError):  # what it ended with is its own affair
+                        guest.release()
+                self._world.release()
+        finally:
+            self.background.close()
 
 
 _sessions: dict[tuple[int, str], Session] = {}
@@ -98,25 +146,43 @@ def session_for(world: Path | None) -> Session:
     return _shared(str(file), lambda: open_world(file))
 
 
-def session_at(manifest_url: str) -> Session:
-    """The process's one session with the store that a manifest's URL lies in; it needs no world file.
+def session_at(root: str) -> Session:
+    """The process's one session with a store; it needs no world file.
+
+    Args:
+        root: The store's URL. A relative ``file://`` one starts from the working directory.
 
     Raises:
         UsageError: it is no URL of a store Millrace knows.
     """
-    root = manifest_url.partition("/manifests/")[0]
-    return _shared(root, lambda: open_bare(root))
+    return _shared(f"{root} from {Path.cwd()}", lambda: open_bare(root))
 
 
 def _shared(place: str, opening: Callable[[], AbstractAsyncContextManager[OpenWorld]]) -> Session:
     key = (os.getpid(), place)
     with _lock:
         if key not in _sessions or _sessions[key].closed:
+            _check_forked()
             _sessions[key] = Session(opening())
             if not _registered:
                 _registered.append(True)
                 _at_exit(_close_all)
         return _sessions[key]
+
+
+def _check_forked() -> None:
+    """Whether a world can be opened in this process: the library behind cloud stores hangs in a forked child.
+
+    Raises:
+        UsageError: it can't.
+    """
+    for (pid, _), session in _sessions.items():
+        urls = [store.url for store in session.world.spec.stores().values()]
+        if pid != os.getpid() and not all(url.startswith(_FORKABLE) for url in urls):
+            raise UsageError(
+                "this process was forked from one that has Millrace open on cloud stores, and their connections did "
+                "not come along; start it with 'spawn' or 'forkserver' (multiprocessing.set_start_method('spawn'))"
+            )
 
 
 def _at_exit(work: Callable[[], None]) -> None:
@@ -131,9 +197,14 @@ def _close_all() -> None:
             session.close()
 
 
-async def _event() -> asyncio.Event:
-    return asyncio.Event()
-
-
-async def _set(event: asyncio.Event) -> None:
-    event.set()
+async def _hold(
+    opening: AbstractAsyncContextManager[T], entered: concurrent.futures.Future[T], leave: asyncio.Event
+) -> None:
+    try:
+        async with opening as value:
+            entered.set_result(value)
+            await leave.wait()
+    except BaseException as error:
+        if entered.done():
+            raise
+        entered.set_exception(error)

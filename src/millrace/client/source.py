@@ -138,13 +138,15 @@ async def _once(
     if future is None:
         future = asyncio.ensure_future(make())
         kept[key] = future
+        future.add_done_callback(lambda ended: _drop_failed(kept, key, ended))
         if len(kept) > limit:
             kept.popitem(last=False)
     else:
         kept.move_to_end(key)
-    try:
-        return await asyncio.shield(future)
-    except BaseException:
-        if future.done() and kept.get(key) is future:
-            kept.pop(key)
-        raise
+    return await asyncio.shield(future)
+
+
+def _drop_failed(kept: OrderedDict[int, asyncio.Future[T]], key: int, ended: asyncio.Future[T]) -> None:
+    """Also where all who asked are gone: the next one is not to hear of it."""
+    if (ended.cancelled() or ended.exception() is not None) and kept.get(key) is ended:
+        del kept[key]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from millrace.feed.tally import RowTally
 __all__ = ["Account", "Part", "check_quarantine"]
 
 _ALWAYS = 10
-"""Rows that may be set aside however small the epoch is."""
+"""Rows that may be set aside however small the epoch is, unless none may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Account:
     """
 
     def __init__(
-        self, recipe: Recipe, place: Place, *, order: str, total: int, clock: Clock, events: list[FeedEvent]
+        self, recipe: Recipe, place: Place, *, order: str, total: int, clock: Clock, events: MutableSequence[FeedEvent]
     ) -> None:
         self._recipe = recipe
         self._epoch, self._begin = place.epoch, place.position
@@ -86,7 +86,10 @@ class Account:
         span.given[i] = False
         stream, row = int(span.stream[i]), int(span.ids[i])
         version = self._recipe.sources[stream].index.manifest
-        self._quarantined.add(QuarantinedRow(int(span.positions[i]), version, row, reason))
+        found = QuarantinedRow(int(span.positions[i]), version, row, reason)
+        if found in self._quarantined:
+            return  # a loop that was left and taken up again finds it again
+        self._quarantined.add(found)
         sentence = f"row {row} of {self._recipe.labels[stream]} is set aside: {reason}"
         self._events.append(FeedEvent("quarantine", sentence, self._clock.now_ms()))
         check_quarantine(self._recipe, self._epoch, self._total, len(self._quarantined), sentence)
@@ -135,7 +138,7 @@ def check_quarantine(recipe: Recipe, epoch: int, total: int, count: int, newest:
     Raises:
         QuarantineExceeded: these are too many.
     """
-    if count > max(recipe.quarantine * total, _ALWAYS):
+    if count > (max(recipe.quarantine * total, _ALWAYS) if recipe.quarantine else 0):
         raise QuarantineExceeded(
             f"{count} rows of epoch {epoch} can't be given, more than quarantine={recipe.quarantine:g} allows; "
             f"the newest: {newest}"

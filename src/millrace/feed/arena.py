@@ -22,13 +22,11 @@ _GRAIN: Final = 64 * 1024
 """Rooms begin and end at multiples of this: whole pages, and few distinct sizes."""
 
 Bytes8 = npt.NDArray[np.uint8]
-Int64s = npt.NDArray[np.int64]
 
 
-def room_bytes(sizes: Int64s) -> Int64s:
-    """What rooms for these many bytes take of an arena: int64, shape (n,) from int64, shape (n,)."""
-    rooms: Int64s = np.maximum(-(-sizes // _GRAIN), 1) * _GRAIN
-    return rooms
+def room_bytes(size_bytes: int) -> int:
+    """What a room for so many bytes takes of an arena."""
+    return max(-(-size_bytes // _GRAIN), 1) * _GRAIN
 
 
 class Room:
@@ -85,7 +83,7 @@ class Arena:
         Raises:
             UsageError: the address space is used up.
         """
-        length = max(-(-size_bytes // _GRAIN), 1) * _GRAIN
+        length = room_bytes(size_bytes)
         with self._lock:
             self._settle()
             i = next((i for i, (_, free) in enumerate(self._free) if free >= length), None)

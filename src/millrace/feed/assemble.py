@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from millrace.core.errors import UsageError
 from millrace.feed.blocks import BlockPool
-from millrace.feed.columns import Column, Gather
+from millrace.feed.columns import Gather
 from millrace.feed.recipe import Recipe
 from millrace.feed.spans import Span
 
@@ -51,6 +51,8 @@ class Assembler:
         self._pool = pool
         self._set_aside = set_aside
         self._gather = Gather(pool.arena, recipe.columns, recipe.decode)
+        self._names = tuple(c.name for c in recipe.columns)
+        self._kinds = tuple(c.kind for c in recipe.columns)
 
     def find(self, span: Span) -> Found:
         """Have a span's blocks in memory, and find its rows in them.
@@ -67,24 +69,20 @@ class Assembler:
                 reason = loaded.failed or loaded.bound.bad.get(int(span.row[i]))
                 if reason is not None:
                     self._set_aside(span, i, reason)
-        starts = self._gather.starts(self._pool.addresses(slots), span.row)
+        starts = self._gather.starts(self._pool.addresses, slots, span.row)
         return Found(starts, slots, bool(span.given.all()))
 
     def batch(self, span: Span, found: Found, a: int, b: int) -> Any:
         """Rows ``[a, b)`` of the span, as the user gets them."""
+        finish = self._recipe.finish
         kept: slice | Int64s = slice(a, b) if found.whole else a + np.flatnonzero(span.given[a:b])
-        if self._recipe.finish is None:
+        if finish is None:
             return self._arrow(found.slots[kept], span.row[kept])
         if self._recipe.decode:
-            return self._recipe.finish(self._decoded(span, found, np.arange(a, b)[span.given[a:b]]))
-        in_place = self._recipe.in_place and isinstance(kept, slice) and _lies_together(span, a, b)
-        columns = {}
-        for i, column in enumerate(self._recipe.columns):
-            if in_place and column.kind == "fixed":
-                columns[column.name] = self._view(column, int(found.slots[a]), int(found.starts[i][a]), b - a)
-            else:
-                columns[column.name] = self._column(i, found, kept)
-        return self._recipe.finish(columns)
+            return finish(self._decoded(span, found, np.arange(a, b)[span.given[a:b]]))
+        if self._recipe.in_place and found.whole and _lies_together(span, a, b):
+            return finish(self._in_place(found, a, b))
+        return finish({name: self._column(i, found, kept) for i, name in enumerate(self._names)})
 
     def done(self, span: Span) -> None:
         """Let go of what may have been given in place, once no step needs it any more."""
@@ -93,19 +91,19 @@ class Assembler:
 
     def _column(self, i: int, found: Found, kept: slice | Int64s) -> Any:
         blocks = None
-        if self._recipe.columns[i].kind == "objects":
+        if self._kinds[i] == "objects":
             blocks = [self._pool.loaded(slot).bound.batch for slot in found.slots[kept].tolist()]
         return self._gather.column(i, found.starts[i][kept], blocks)
 
     def _decoded(self, span: Span, found: Found, rows: Int64s) -> dict[str, Any]:
         """A batch with the user's decoders run: a row that one of them fails on is set aside, whole."""
         decoded: dict[str, list[Any]] = {name: [] for name in self._recipe.decode}
-        numbers = {c.name: i for i, c in enumerate(self._recipe.columns)}
+        numbers = {name: i for i, name in enumerate(self._names)}
         for row in rows.tolist():
             values = {}
             for name, decode in self._recipe.decode.items():
                 one = self._column(numbers[name], found, slice(row, row + 1))
-                value = one.values if self._recipe.columns[numbers[name]].kind == "ragged" else one[0]
+                value = one.values if self._kinds[numbers[name]] == "ragged" else one[0]
                 try:
                     values[name] = decode(value)
                 except Exception as error:  # theirs: whatever it is, this row is what it failed on
@@ -116,20 +114,27 @@ class Assembler:
                     decoded[name].append(value)
         kept = rows[span.given[rows]]
         return {
-            c.name: _stacked(decoded[c.name]) if c.name in decoded else self._column(i, found, kept)
-            for i, c in enumerate(self._recipe.columns)
+            name: _stacked(decoded[name]) if name in decoded else self._column(i, found, kept)
+            for i, name in enumerate(self._names)
         }
 
-    def _view(self, column: Column, slot: int, start: int, rows: int) -> npt.NDArray[Any]:
-        room = self._pool.loaded(slot).room
+    def _in_place(self, found: Found, a: int, b: int) -> dict[str, Any]:
+        """Rows that lie together in one block: columns of a fixed width are views of it."""
+        room = self._pool.loaded(int(found.slots[a])).room
         if room is None:
             raise UsageError("a block without rows was asked for some")
-        begin = start - room.offset
-        data = room.bytes[begin : begin + rows * column.row_bytes]
-        return data.view(column.dtype).reshape(rows, *column.shape)
+        batch = {}
+        for i, column in enumerate(self._recipe.columns):
+            if column.kind == "fixed":
+                begin = int(found.starts[i][a]) - room.offset
+                data = room.bytes[begin : begin + (b - a) * column.row_bytes]
+                batch[column.name] = column.shaped(data, b - a)
+            else:
+                batch[column.name] = self._column(i, found, slice(a, b))
+        return batch
 
     def _arrow(self, slots: npt.NDArray[np.int32], rows: npt.NDArray[np.int64]) -> pa.RecordBatch:
-        names = [c.name for c in self._recipe.columns]
+        names = list(self._names)
         distinct, which = np.unique(slots, return_inverse=True)
         order = np.argsort(which, kind="stable")
         taken = [

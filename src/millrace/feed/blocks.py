@@ -1,79 +1,40 @@
 """The blocks that are in memory: loaded ahead in the order of their first use, let go in that of their last.
 
 All bookkeeping is done by the one thread that consumes batches; other threads only fill memory. What is loaded ahead
-keeps to a budget of bytes; what the next batch needs is loaded whatever the budget says, so that nothing can block.
+keeps to a budget of bytes; what this span and the next one need is loaded whatever the budget says, so that nothing
+can block. An interrupt anywhere in here leaves a block in memory, or not, and never half.
 """
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
+import functools
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from millrace.core.errors import Corrupt, MillraceError
-from millrace.core.ports import Bytes
-from millrace.feed.arena import Arena, Room
+from millrace.core.errors import UsageError
+from millrace.feed.arena import Arena, room_bytes
 from millrace.feed.background import Background
-from millrace.feed.columns import Bound, Column, bind
+from millrace.feed.block_reads import CLOSED, BlockReads, BlockSource, Loaded, LocalBlocks
+from millrace.feed.columns import Column
 from millrace.feed.foresight import Foresight
-from millrace.feed.index import BlockIndex
 
 __all__ = ["BlockPool", "BlockSource", "Loaded", "LocalBlocks", "PoolStats"]
 
 Int64s = npt.NDArray[np.int64]
 
-_THREADS: Final = 3
+_AT_ONCE: Final = 256
+"""Blocks that are being loaded ahead, and as many that are put into the cache, however small they are."""
 _LARGER_MAX: Final = 4.0
 """So many times their stored size may the blocks in memory have before they count against the budget."""
 _NEVER: Final = np.iinfo(np.int64).min
-
-
-class LocalBlocks(Protocol):
-    """Blocks on this machine's disk: ``feed.cache.BlockCache``, or nothing at all."""
-
-    def read(self, name: str, alloc: _Alloc) -> bool:
-        """Fill the memory that ``alloc(size)`` gives with the block; False if it isn't there."""
-
-    async def fill(self, name: str, fetch: _Fetch) -> Sequence[Bytes] | None:
-        """Have it there: None if it was, or what ``fetch`` gave."""
-
-    def needed_many(self, needs: Iterable[tuple[str, float]], *, after_read: bool = False) -> None:
-        """When blocks will next be needed: pairs of a name and seconds since 1970."""
-
-
-class _Alloc(Protocol):
-    def __call__(self, size_bytes: int, /) -> memoryview: ...
-
-
-class _Fetch(Protocol):
-    async def __call__(self) -> Sequence[Bytes]: ...
-
-
-class BlockSource(Protocol):
-    """The blocks of one dataset version, wherever they are."""
-
-    @property
-    def index(self) -> BlockIndex:
-        """All of them."""
-
-    def name(self, block: int) -> str:
-        """What the block's plain form is called in a cache: the same bytes have the same name, and only they."""
-
-    async def fetch(self, block: int) -> Sequence[Bytes]:
-        """The block as a plain Arrow message (uncompressed, without dictionaries), verified.
-
-        Raises:
-            StoreError: no whole replica can be read.
-            TransformError: it is whole, and can't be decoded.
-        """
 
 
 @dataclass(slots=True)
@@ -92,22 +53,6 @@ class PoolStats:
     waited_max_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A block in memory.
-
-    Attributes:
-        room: Where its bytes are.
-        bound: Where its columns are.
-        failed: Why none of its rows can be given; None when they can.
-    """
-
-    room: Room | None
-    bound: Bound
-    failed: str | None
-    hit: bool
-
-
 class BlockPool:
     """See the module's text.
 
@@ -120,6 +65,9 @@ class BlockPool:
         budget_bytes: For blocks in memory, loaded ahead included.
         ahead_bytes: For blocks on their way into the cache.
         foresight: Says when blocks come up again, for the cache.
+
+    Raises:
+        UsageError: the system doesn't grant so much address space.
     """
 
     def __init__(
@@ -134,11 +82,7 @@ class BlockPool:
         ahead_bytes: int,
         foresight: Foresight,
     ) -> None:
-        self._sources = tuple(sources)
-        self._columns = tuple(columns)
         self._foresight = foresight
-        self._done_with: list[int] = []  # let go of, and the cache not yet told
-        self._schema = schema
         self._cache = cache
         self._background = background
         self._budget = budget_bytes
@@ -147,25 +91,39 @@ class BlockPool:
         self.first: Int64s = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         total = int(self.first[-1])
         self.first_rows: Int64s = np.concatenate([s.index.first_rows[:-1] for s in sources])
-        self._sizes = np.concatenate([s.index.lengths for s in sources] or [np.empty(0, np.int64)])
+        self._sizes = np.concatenate([s.index.lengths for s in sources])
         largest = int(self._sizes.max(initial=0))
-        # Address space only: demand may go past the budget, and decoded blocks may be larger than stored ones.
-        self.arena = Arena(4 * budget_bytes + 64 * largest + 2**28)
-        self._slot = np.full(total, -1, np.int32)
-        self._wanted = np.full(total, _NEVER, np.int64)  # the last span planned that needs the block
-        self._addresses = np.zeros((64, len(columns), 3), np.int64)
-        self._spoilt = np.zeros(64, np.bool_)
-        self._loaded: list[Loaded | None] = [None] * 64
-        self._owner = np.full(64, -1, np.int64)
+        # Address space only: need may go past the budget, and decoded blocks may be larger than stored ones.
+        self.arena = Arena(8 * budget_bytes + 64 * largest + 2**30, budget_bytes + 4 * largest + 2**26)
+        self._split = functools.partial(_split, tuple(sources), self.first)
+        self._reads = BlockReads(self._split, columns, schema, arena=self.arena, cache=cache, background=background)
+        # Of all blocks.
+        self._slot = np.full(total, -1, np.int32)  # where it stands in what is in memory; written last, cleared first
+        self._wanted = np.full(total, _NEVER, np.int64)  # the last span planned that needs it
+        self._queued = np.zeros(total, np.bool_)  # stands in self._coming
+        self._local = np.zeros(total, np.bool_)  # in the cache, as far as is known
+        # Of those in memory.
+        self._addresses = np.zeros((len(columns), 3, 0), np.int64)
+        self._spoilt = np.zeros(0, np.bool_)
+        self._owner = np.zeros(0, np.int64)
+        self._loaded: list[Loaded | None] = []
+        self._free: list[int] = []  # slots
+        self._idle: list[int] | None = None  # blocks that no planned span needs, that of the latest use first
+        self._held_bytes = 0
+        # Of those on their way.
+        self._coming: deque[tuple[int, int]] = deque()  # wanted and not begun, and by which span
         self._loading: dict[int, concurrent.futures.Future[Loaded]] = {}
-        self._coming: deque[int] = deque()  # wanted, not begun
+        self._loading_bytes = 0
+        self._to_fill: deque[int] = deque()  # wanted, and perhaps not in the cache
         self._filling: dict[int, concurrent.futures.Future[None]] = {}
-        self._local = np.zeros(total, np.bool_)  # known to be in the cache
-        self._fills: dict[int, asyncio.Task[Sequence[Bytes] | None]] = {}  # touched by the background loop only
-        self._in_flight = 0
-        self._held_bytes = self._held_stored_bytes = 0  # of all blocks so far: in memory, and where they lie
-        self._threads = concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="millrace-feed")
+        self._filling_bytes = 0
+        self._filled: set[int] = set()  # put into the cache ahead of their use
+        self._filled_well = self._filled_in_vain = 0
+        self._done_with: list[int] = []  # let go of, and the cache not yet told
+        self._ever_bytes = self._ever_stored_bytes = 0  # of all blocks so far: in memory, and where they lie
         self.stats = PoolStats()
+
+    # --- what a loop asks for --------------------------------------------------------------------------------
 
     def want(self, blocks: Int64s, span: int) -> None:
         """A span that comes needs these; load them ahead as far as the budget goes.
@@ -175,24 +133,31 @@ class BlockPool:
             span: The span's number; they only grow.
         """
         self._wanted[blocks] = span
-        self._coming.extend(g for g in self._missing(blocks) if g not in self._loading)
+        new = [g for g in self._missing(blocks[~self._queued[blocks]]) if g not in self._loading]
+        self._queued[new] = True
+        self._coming.extend((g, span) for g in new)
+        if self._ahead:
+            self._to_fill.extend(new)
 
     def need(self, blocks: Int64s, span: int) -> None:
         """Have these in memory, and begin on what comes next.
 
         Raises:
             StoreError: one can't be read anywhere.
+            UsageError: this process was forked off, or the loader closed meanwhile.
         """
+        self._background.check_process()
+        self._idle = None
         self._collect()
         if missing := self._missing(blocks):
             begun = time.perf_counter()
             for g in missing:
                 if g not in self._loading:
-                    self._make_room(int(self._sizes[g]), span)  # if there is none, it is loaded all the same
+                    self._make_room(g, span)  # if there is none, it is loaded all the same
                     self._begin(g)
             for g in missing:
-                self._take_in(g, self._loading[g].result())
-                self._loading.pop(g, None)
+                self._take_in(g, _result(self._loading[g]))
+                self._end(g)
             waited = time.perf_counter() - begun
             self.stats.waits += 1
             self.stats.waited_s += waited
@@ -200,12 +165,13 @@ class BlockPool:
         self._pump(span)
 
     def slots(self, blocks: Int64s) -> npt.NDArray[np.int32]:
-        """Where loaded blocks stand in :meth:`addresses`."""
+        """Where loaded blocks stand in :attr:`addresses`."""
         return self._slot.take(blocks)
 
-    def addresses(self, slots: npt.NDArray[np.int32]) -> Int64s:
-        """int64, shape (n, columns, 3): see ``columns.Gather.starts``."""
-        return self._addresses.take(slots, axis=0)
+    @property
+    def addresses(self) -> Int64s:
+        """int64, shape (columns, 3, slots): see ``columns.Gather.starts``."""
+        return self._addresses
 
     def spoilt(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
         """Which of these blocks have rows that can't be given."""
@@ -223,34 +189,44 @@ class BlockPool:
         for g in np.unique(blocks[self._wanted[blocks] <= span]).tolist():
             self._forget(g)
 
-    def _forget(self, block: int) -> None:
-        slot = int(self._slot[block])
-        if slot >= 0:
-            self._slot[block] = -1
-            self._loaded[slot] = None
-            self._owner[slot] = -1
-            if self._cache is not None:
-                self._done_with.append(block)
+    def reset(self, *, drop: bool = False) -> None:
+        """Another place in the order, or another epoch: what was to come no longer is.
 
-    def reset(self) -> None:
-        """Another place in the order, or another epoch: what was to come no longer is."""
+        Args:
+            drop: Let go of what is in memory too: rows that were given in place may have been written to.
+        """
+        if drop:
+            for g in self._owner[self._owner >= 0].tolist():
+                self._forget(g)
         self._coming.clear()
+        self._to_fill.clear()
+        self._queued[:] = False
         self._wanted[:] = _NEVER
-        for future in self._filling.values():
+        for future in list(self._filling.values()):
             future.cancel()
         self._filling.clear()
-        self._in_flight = 0
+        self._filling_bytes = 0
+        self._filled.clear()
+        self._filled_well = self._filled_in_vain = 0
 
     def close(self) -> None:
-        """Stop loading and let the memory go."""
+        """Stop loading and let the memory go, but for what batches hold. Safe to call twice, and in a forked child."""
+        if self._background.forked:
+            return
         self.reset()
-        for future in self._loading.values():
+        for future in list(self._loading.values()):
             future.cancel()
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._reads.close()
         self._loading.clear()
+        self._slot[:] = -1
+        self._owner[:] = -1
         self._loaded = [None] * len(self._loaded)
+        self._free = list(range(len(self._loaded)))
+        self._held_bytes = 0
+        self._cache = None
+        self.arena.trim()
 
-    # --- the consumer's side ---------------------------------------------------------------------------------
+    # --- what is in memory -----------------------------------------------------------------------------------
 
     def _missing(self, blocks: Int64s) -> list[int]:
         """Those not in memory, each once, in the order of their use."""
@@ -260,184 +236,140 @@ class BlockPool:
         found, where = np.unique(missing, return_index=True)
         return found[np.argsort(where)].tolist()  # type: ignore[no-any-return]
 
+    def _take_in(self, g: int, loaded: Loaded) -> None:
+        if self._slot[g] >= 0:
+            return
+        if not self._free:
+            self._grow()
+        slot = self._free.pop()
+        self._owner[slot] = g
+        self._loaded[slot] = loaded
+        self._addresses[:, :, slot] = loaded.bound.addresses
+        self._spoilt[slot] = bool(loaded.bound.bad) or loaded.failed is not None
+        self._slot[g] = slot
+        if loaded.room is not None:
+            self._held_bytes += loaded.room.taken
+            self._ever_bytes += len(loaded.room.bytes)
+            self._ever_stored_bytes += int(self._sizes[g])
+        self.stats.loaded += 1
+        self.stats.hits += loaded.hit
+        if self._cache is not None:
+            self._note_cache(g, hit=loaded.hit)
+
+    def _note_cache(self, g: int, *, hit: bool) -> None:
+        """Learn what the cache is worth: a full, failing or too small one would have blocks fetched twice."""
+        if g in self._filled:
+            self._filled.discard(g)
+            self._filled_well += hit
+            self._filled_in_vain += not hit
+        elif not hit and self._local[g]:
+            self._local[:] = False  # it was there once, so any of them may be gone
+        self._local[g] = True
+
+    def _grow(self) -> None:
+        more = max(len(self._owner), 64)
+        self._addresses = np.concatenate(
+            [self._addresses, np.zeros((*self._addresses.shape[:2], more), np.int64)], axis=2
+        )
+        self._spoilt = np.concatenate([self._spoilt, np.zeros(more, np.bool_)])
+        self._owner = np.concatenate([self._owner, np.full(more, -1, np.int64)])
+        slots = range(len(self._loaded), len(self._owner))
+        self._loaded.extend([None] * more)
+        self._free.extend(reversed(slots))
+
+    def _forget(self, g: int) -> None:
+        slot = int(self._slot[g])
+        if slot < 0:
+            return
+        loaded = self._loaded[slot]
+        self._slot[g] = -1
+        if loaded is not None and loaded.room is not None:
+            self._held_bytes -= loaded.room.taken
+        self._loaded[slot] = None
+        self._owner[slot] = -1
+        self._free.append(slot)
+        if self._cache is not None:
+            self._done_with.append(g)
+
+    def _make_room(self, g: int, span: int) -> bool:
+        """Whether a block more keeps to the budget, letting go of what no planned span needs."""
+        # Blocks of compressed files are larger in memory than where they lie, and so is what windows of them need.
+        larger = min(max(self._ever_bytes / max(self._ever_stored_bytes, 1), 1.0), _LARGER_MAX)
+        room = (self._budget - self._loading_bytes - self._room_of(g)) * larger
+        while self._held_bytes > room:
+            if self._idle is None:
+                slots = np.flatnonzero(self._owner >= 0)
+                last = self._wanted.take(self._owner.take(slots))
+                order = np.argsort(last, kind="stable")[::-1]
+                self._idle = self._owner[slots[order[last[order] < span]]].tolist()
+            if not self._idle:
+                return False
+            self._forget(self._idle.pop())
+        return True
+
+    # --- what is on its way ----------------------------------------------------------------------------------
+
+    def _begin(self, g: int) -> None:
+        self._loading[g] = self._reads.load(g)
+        self._loading_bytes += self._room_of(g)
+
+    def _end(self, g: int) -> None:
+        if self._loading.pop(g, None) is not None:
+            self._loading_bytes = self._loading_bytes - self._room_of(g) if self._loading else 0
+
     def _collect(self) -> None:
         for g in [g for g, future in self._loading.items() if future.done()]:
-            future = self._loading.pop(g)
-            if future.exception() is None:  # what failed is tried again when a batch needs it, and raised then
+            future = self._loading[g]
+            # What failed is tried again when a batch needs it, and raised then.
+            if not future.cancelled() and future.exception() is None:
                 self._take_in(g, future.result())
+            self._end(g)
         for g in [g for g, filling in self._filling.items() if filling.done()]:
-            self._in_flight -= int(self._sizes[g])
-            if not self._filling.pop(g).exception():
+            filling = self._filling.pop(g)
+            self._filling_bytes = self._filling_bytes - self._room_of(g) if self._filling else 0
+            if not filling.cancelled() and filling.exception() is None:
                 self._local[g] = True
+                if self._slot[g] < 0:
+                    self._filled.add(g)
 
     def _pump(self, span: int) -> None:
         """Begin loading what comes next, as far as the budget goes, and fill the cache beyond that."""
         if self._done_with:
-            self._threads.submit(self._tell_cache, self._done_with)
+            self._reads.later(self._tell_cache, self._done_with)
             self._done_with = []
-        while self._coming:
-            g = self._coming[0]
-            if self._slot[g] >= 0 or g in self._loading:
-                self._coming.popleft()
-                continue
-            if not self._make_room(int(self._sizes[g]), span):
-                break
+        while self._coming and len(self._loading) < _AT_ONCE:
+            g, by = self._coming[0]
+            if self._slot[g] < 0 and g not in self._loading:
+                if not self._make_room(g, span) and by > span + 1:
+                    break
+                self._begin(g)
             self._coming.popleft()
-            self._begin(g)
-        for g in self._coming:
-            if self._in_flight >= self._ahead:
-                break
-            if not self._local[g] and g not in self._filling:
-                self._in_flight += int(self._sizes[g])
-                self._filling[g] = self._background.start(self._fill_only(g))
-
-    def _make_room(self, size: int, span: int) -> bool:
-        """Whether ``size`` more bytes keep to the budget, letting go of what no planned span needs."""
-        # Blocks of compressed files are larger in memory than where they lie, and so is what windows of them need.
-        larger = min(max(self._held_bytes / max(self._held_stored_bytes, 1), 1.0), _LARGER_MAX)
-        coming = size + sum(int(self._sizes[g]) for g in self._loading)
-        while self.arena.used_bytes + coming * larger > self._budget * larger:
-            slots = np.flatnonzero(self._owner >= 0)
-            last = self._wanted[self._owner[slots]]
-            if not len(slots) or int(last.min()) >= span:
-                return False
-            self._forget(int(self._owner[slots[int(last.argmin())]]))
-        return True
-
-    def _take_in(self, g: int, loaded: Loaded) -> None:
-        if self._slot[g] >= 0:
+            self._queued[g] = False
+        if self._filled_in_vain > 1 + self._filled_well // 4:
             return
-        free = np.flatnonzero(self._owner < 0)
-        if not len(free):
-            more = len(self._owner)
-            self._addresses = np.concatenate([self._addresses, np.zeros_like(self._addresses)])
-            self._spoilt = np.concatenate([self._spoilt, np.zeros(more, np.bool_)])
-            self._owner = np.concatenate([self._owner, np.full(more, -1, np.int64)])
-            self._loaded.extend([None] * more)
-            free = np.flatnonzero(self._owner < 0)
-        slot = int(free[0])
-        self._slot[g] = slot
-        self._owner[slot] = g
-        self._loaded[slot] = loaded
-        self._addresses[slot] = loaded.bound.addresses
-        if loaded.room is not None:
-            self._held_bytes += len(loaded.room.bytes)
-            self._held_stored_bytes += int(self._sizes[g])
-        self._spoilt[slot] = bool(loaded.bound.bad) or loaded.failed is not None
-        self._local[g] = self._cache is not None
-        self.stats.loaded += 1
-        self.stats.hits += loaded.hit
+        while self._to_fill and self._filling_bytes < self._ahead and len(self._filling) < _AT_ONCE:
+            g = self._to_fill.popleft()
+            # Once: what can't be fetched now is fetched when it is loaded.
+            if self._slot[g] < 0 and g not in self._loading and g not in self._filling and not self._local[g]:
+                self._filling[g] = self._reads.fill(g)
+                self._filling_bytes += self._room_of(g)
 
-    def _split(self, g: int) -> tuple[BlockSource, int]:
-        stream = int(np.searchsorted(self.first, g, side="right")) - 1
-        return self._sources[stream], g - int(self.first[stream])
-
-    # --- the other threads' side -----------------------------------------------------------------------------
-
-    def _begin(self, g: int) -> None:
-        source, block = self._split(g)
-        done: concurrent.futures.Future[Loaded] = concurrent.futures.Future()
-        self._loading[g] = done
-        self._threads.submit(self._from_disk, g, source, block, done)
-
-    def _from_disk(self, g: int, source: BlockSource, block: int, done: concurrent.futures.Future[Loaded]) -> None:
-        try:
-            loaded = self._read_local(source, block)
-            if loaded is None:
-                fetching = self._background.start(self._fetch(g, source, block))
-                fetching.add_done_callback(lambda f: _pass_on(f, done))
-            else:
-                done.set_result(loaded)
-        except BaseException as error:  # whoever needs the block hears of it
-            done.set_exception(error)
+    def _room_of(self, g: int) -> int:
+        return room_bytes(int(self._sizes[g]))
 
     def _tell_cache(self, blocks: list[int]) -> None:
         if self._cache is not None:
             names = [source.name(block) for source, block in map(self._split, blocks)]
             self._cache.needed_many(zip(names, self._foresight.needs(blocks), strict=True), after_read=True)
 
-    def _read_local(self, source: BlockSource, block: int) -> Loaded | None:
-        if self._cache is None:
-            return None
-        rooms: list[Room] = []
 
-        def alloc(size_bytes: int) -> memoryview:
-            rooms.append(self.arena.take(size_bytes))
-            return memoryview(rooms[-1].bytes)  # type: ignore[arg-type]
-
-        if not self._cache.read(source.name(block), alloc):
-            return None
-        return self._parse(rooms[-1], source, block, hit=True)
-
-    async def _fetch(self, g: int, source: BlockSource, block: int) -> Loaded:
-        try:
-            pieces = await self._fill(g, source, block)
-        except MillraceError as error:
-            if not _is_of_the_rows(error):
-                raise
-            return _unreadable(len(self._columns), str(error))
-        if pieces is None:
-            loaded = await asyncio.to_thread(self._read_local, source, block)
-            if loaded is not None:
-                return loaded
-            pieces = await source.fetch(block)  # it was there, and was evicted in this moment
-        return await asyncio.to_thread(self._copy_in, pieces, source, block)
-
-    async def _fill_only(self, g: int) -> None:
-        source, block = self._split(g)
-        await self._fill(g, source, block)
-
-    async def _fill(self, g: int, source: BlockSource, block: int) -> Sequence[Bytes] | None:
-        """One fetch at a time for a block, whoever asks."""
-        if self._cache is None:
-            return await source.fetch(block)
-        task = self._fills.get(g)
-        if task is None:
-            task = asyncio.create_task(self._cache.fill(source.name(block), lambda: source.fetch(block)))
-            self._fills[g] = task
-            task.add_done_callback(lambda t: (self._fills.pop(g, None), t.cancelled() or t.exception()))
-        return await asyncio.shield(task)
-
-    def _copy_in(self, pieces: Sequence[Bytes], source: BlockSource, block: int) -> Loaded:
-        views = [memoryview(p).cast("B") for p in pieces]
-        room = self.arena.take(sum(len(v) for v in views))
-        into = memoryview(room.bytes)  # type: ignore[arg-type]
-        at = 0
-        for view in views:
-            into[at : at + len(view)] = view
-            at += len(view)
-        return self._parse(room, source, block, hit=False)
-
-    def _parse(self, room: Room, source: BlockSource, block: int, *, hit: bool) -> Loaded:
-        extent = source.index.extent(block)
-        try:
-            batch = pa.ipc.read_record_batch(pa.py_buffer(room.bytes), self._schema)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise Corrupt(
-                f"block {extent.digest[:12]} of shard {extent.shard[:12]} is not a record batch of its schema: {error}"
-            ) from error
-        if batch.num_rows != extent.rows:
-            raise Corrupt(
-                f"block {extent.digest[:12]} of shard {extent.shard[:12]} has {batch.num_rows} rows, "
-                f"its index says {extent.rows}"
-            )
-        return Loaded(room, bind(batch, self._columns, self.arena), None, hit)
+def _split(sources: Sequence[BlockSource], first: Int64s, g: int) -> tuple[BlockSource, int]:
+    stream = int(np.searchsorted(first, g, side="right")) - 1
+    return sources[stream], g - int(first[stream])
 
 
-def _pass_on(ended: concurrent.futures.Future[Loaded], to: concurrent.futures.Future[Loaded]) -> None:
-    if ended.cancelled():
-        to.cancel()
-    elif (error := ended.exception()) is not None:
-        to.set_exception(error)
-    else:
-        to.set_result(ended.result())
-
-
-def _is_of_the_rows(error: MillraceError) -> bool:
-    """Whether it is the rows that can't be given, everywhere and always, rather than bytes that can't be had."""
-    return error.kind in {"TransformError", "SourceError"}
-
-
-def _unreadable(columns: int, why: str) -> Loaded:
-    nothing = Bound(np.zeros((columns, 3), np.int64), {}, pa.record_batch({}))
-    return Loaded(None, nothing, why, hit=False)
+def _result(loading: concurrent.futures.Future[Loaded]) -> Loaded:
+    try:
+        return loading.result()
+    except concurrent.futures.CancelledError:
+        raise UsageError(CLOSED) from None

@@ -7,6 +7,7 @@ offsets and one concatenation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from millrace.core.errors import Corrupt, UsageError
+from millrace.core.errors import Corrupt, TransformError, UsageError
 from millrace.feed.arena import Arena
 
 __all__ = ["Bound", "Column", "Gather", "Ragged", "bind", "columns_of"]
@@ -47,6 +48,7 @@ class Column:
             (Python values: nested types).
         dtype: Of the values.
         shape: Of one row.
+        axes: Where not all in their order, which axis of ``shape`` each axis of what is given is.
         wide: Whether offsets have 64 bits.
         null: What a null is: ``nan``, ``none``, or ``bad`` (the row can't be given).
     """
@@ -56,13 +58,19 @@ class Column:
     kind: str
     dtype: np.dtype[Any]
     shape: tuple[int, ...] = ()
+    axes: tuple[int, ...] = ()
     wide: bool = False
     null: str = "bad"
 
     @property
     def row_bytes(self) -> int:
         """Bytes of a fixed row."""
-        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+        return self.dtype.itemsize * math.prod(self.shape)
+
+    def shaped(self, data: Values, rows: int) -> Values:
+        """The bytes of ``rows`` rows of a fixed column as an array, without a copy."""
+        found = data.view(self.dtype).reshape(rows, *self.shape)
+        return found.transpose(0, *(axis + 1 for axis in self.axes)) if self.axes else found
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +110,10 @@ def columns_of(schema: pa.Schema, names: Sequence[str] | None) -> tuple[Column, 
 
 def _column(name: str, index: int, kind: pa.DataType) -> Column:
     types = pa.types
+    if isinstance(kind, pa.FixedShapeTensorType) and (tensor := _tensor(name, index, kind)) is not None:
+        return tensor
+    while isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
     if types.is_boolean(kind):
         return Column(name, index, "bits", np.dtype(np.bool_))
     if types.is_string(kind) or types.is_large_string(kind):
@@ -114,21 +126,31 @@ def _column(name: str, index: int, kind: pa.DataType) -> Column:
     while types.is_fixed_size_list(kind):
         shape.append(kind.list_size)
         kind = kind.value_type
-    if types.is_fixed_size_binary(kind):
-        return Column(name, index, "fixed", _U8, (*shape, kind.byte_width))
     dtype = _primitive(kind)
+    if types.is_fixed_size_binary(kind):
+        shape.append(kind.byte_width)
+        dtype = _U8
     if dtype is None or 0 in shape:
         return Column(name, index, "objects", _OBJECT, null="none")
     null = "nan" if dtype.kind == "f" and not shape else "bad"
     return Column(name, index, "fixed", dtype, tuple(shape), null=null)
 
 
+def _tensor(name: str, index: int, kind: pa.FixedShapeTensorType) -> Column | None:
+    dtype, shape = _primitive(kind.value_type), tuple(kind.shape)
+    if dtype is None or 0 in shape or not shape:
+        return None
+    axes = tuple(kind.permutation or ())
+    return Column(name, index, "fixed", dtype, shape, () if axes == tuple(range(len(shape))) else axes)
+
+
 def _primitive(kind: pa.DataType) -> np.dtype[Any] | None:
     types = pa.types
     is_number = types.is_integer(kind) or types.is_floating(kind)
-    if not (is_number or types.is_timestamp(kind) or types.is_date(kind) or types.is_time(kind)):
+    is_span = types.is_time(kind) or types.is_duration(kind)
+    if not (is_number or is_span or types.is_timestamp(kind) or types.is_date(kind)):
         return None
-    if types.is_time(kind) or (types.is_date(kind) and kind.bit_width == 32):
+    if is_span or (types.is_date(kind) and kind.bit_width == 32):
         return np.dtype(f"i{kind.bit_width // 8}")
     if types.is_date(kind):
         return np.dtype("M8[ms]")
@@ -149,7 +171,7 @@ def bind(batch: pa.RecordBatch, columns: Sequence[Column], arena: Arena) -> Boun
     addresses = np.zeros((len(columns), 3), np.int64)
     bad: dict[int, str] = {}
     for i, column in enumerate(columns):
-        array = batch.column(column.index)
+        array = _stored(batch.column(column.index))
         if array.null_count and column.null == "bad":
             for row in _nulls(array):
                 bad.setdefault(int(row), f"column {column.name!r} is null, and {array.type} has no value for that")
@@ -162,6 +184,12 @@ def bind(batch: pa.RecordBatch, columns: Sequence[Column], arena: Arena) -> Boun
             if array.null_count and column.null == "nan":
                 _fill_nan(array, column, arena, int(addresses[i, 0]))
     return Bound(addresses, bad, batch)
+
+
+def _stored(array: pa.Array) -> pa.Array:
+    while isinstance(array, pa.ExtensionArray):
+        array = array.storage
+    return array
 
 
 def _addresses(array: pa.Array, column: Column, arena: Arena) -> tuple[int, int]:
@@ -186,20 +214,24 @@ def _place(buffer: pa.Buffer | None, arena: Arena) -> int:
 
 
 def _inner_nulls(array: pa.Array) -> Sequence[int]:
-    """Rows with a null inside of their value; none nearly always, and that is quick."""
+    """Rows with a null inside of their value, however deep; none nearly always, and that is quick."""
     types = pa.types
-    per_row = 1
-    inner = array
-    while types.is_fixed_size_list(inner.type):
-        per_row *= inner.type.list_size
-        inner = inner.values
-        if inner.null_count:
-            rows = np.unique(_nulls(inner) // per_row)
-            return rows[_valid(array)[rows]].tolist()  # type: ignore[no-any-return]
-    if (types.is_list(array.type) or types.is_large_list(array.type)) and array.values.null_count:
-        rows = np.searchsorted(array.offsets.to_numpy(), _nulls(array.values), side="right") - 1
-        return np.unique(rows).tolist()  # type: ignore[no-any-return]
-    return ()
+    found: list[Int64s] = []
+    if types.is_list(array.type) or types.is_large_list(array.type):
+        if array.values.null_count:
+            found.append(np.searchsorted(array.offsets.to_numpy(), _nulls(array.values), side="right") - 1)
+    else:
+        per_row, inner = 1, array
+        while types.is_fixed_size_list(inner.type):
+            per_row *= inner.type.list_size
+            inner = inner.values
+            if inner.null_count:
+                found.append(_nulls(inner) // per_row)
+    if not found:
+        return ()
+    rows = np.unique(np.concatenate(found))
+    rows = rows[(rows >= 0) & (rows < len(array))]  # what lies before the first row and after the last is nobody's
+    return rows[_valid(array)[rows]].tolist()  # type: ignore[no-any-return]
 
 
 def _nulls(array: pa.Array) -> Int64s:
@@ -238,31 +270,31 @@ class Gather:
             i: arena.strided(np.dtype(f"V{c.row_bytes}")) for i, c in enumerate(columns) if c.kind == "fixed"
         }
 
-    def starts(self, addresses: Int64s, rows: Int64s) -> list[Int64s]:
+    def starts(self, addresses: Int64s, slots: npt.NDArray[np.int32], rows: Int64s) -> list[Int64s]:
         """For each column, where each of many rows lies; what :meth:`column` takes slices of.
 
         Args:
-            addresses: Shape (rows, columns, 3): of each row's block.
-            rows: Each row's place in its block.
+            addresses: Shape (columns, 3, slots): of blocks, see :class:`Bound`.
+            slots: Shape (rows,): which of them each row's is.
+            rows: Shape (rows,): each row's place in its block.
 
         Returns:
             For fixed columns offsets of the values, shape (rows,); for ragged ones begin and end, shape (rows, 2),
-            -1 for a null; for bits the number of the bit.
+            -1 for a null; for bits the number of the bit; for objects the row's place in its block.
         """
         found: list[Int64s] = []
-        for i, column in enumerate(self.columns):
-            values, offsets = addresses[:, i, 0], addresses[:, i, 1]
+        for column, (values, offsets, validity) in zip(self.columns, addresses, strict=True):
             if column.kind == "fixed":
-                found.append(values + rows * column.row_bytes)
+                found.append(values.take(slots) + rows * column.row_bytes)
             elif column.kind == "bits":
-                found.append(offsets * 8 + rows)
+                found.append(offsets.take(slots) * 8 + rows)
             elif column.kind in {"ragged", "text"}:
                 width, table = (8, self._wide) if column.wide else (4, self._narrow)
-                at = offsets + rows * width
+                at = offsets.take(slots) + rows * width
                 ends = np.stack([table[at], table[at + width]], axis=1).astype(np.int64)
-                found.append(values[:, None] + ends * column.dtype.itemsize)
-                if column.kind == "text":
-                    self._mark_nulls(found[-1], addresses[:, i, 2], rows)
+                found.append(values.take(slots)[:, None] + ends * column.dtype.itemsize)
+                if column.kind == "text" and validity.any():
+                    self._mark_nulls(found[-1], validity.take(slots), rows)
             else:
                 found.append(rows)
         return found
@@ -274,11 +306,13 @@ class Gather:
             i: Which.
             starts: A slice of what :meth:`starts` gave.
             batches: Each row's block, for columns of Python values.
+
+        Raises:
+            TransformError: a value has no Python form.
         """
         column = self.columns[i]
         if column.kind == "fixed":
-            taken = self._fixed[i][starts]
-            return taken.view(column.dtype).reshape(len(starts), *column.shape)
+            return column.shaped(self._fixed[i][starts], len(starts))
         if column.kind == "bits":
             return (self._arena.bytes[starts >> 3] >> (starts & 7).astype(np.uint8) & 1).astype(np.bool_)
         if column.kind == "ragged":
@@ -288,12 +322,17 @@ class Gather:
             return [None if a < 0 else str(memory[a:b], "utf-8") for a, b in starts.tolist()]
         if batches is None:
             raise UsageError(f"column {column.name!r} is nested and can't be gathered without its blocks")
-        return [b.column(column.index)[r].as_py() for b, r in zip(batches, starts.tolist(), strict=True)]
+        try:
+            return [b.column(column.index)[r].as_py() for b, r in zip(batches, starts.tolist(), strict=True)]
+        except (ValueError, OverflowError, pa.ArrowException) as error:
+            raise TransformError(
+                f"column {column.name!r} has a value that can't be made a Python object: {error}; leave it out with "
+                "columns=, or take format='arrow'"
+            ) from error
 
     def _mark_nulls(self, starts: Int64s, validity: Int64s, rows: Int64s) -> None:
-        if validity.any():
-            bits = self._arena.bytes[validity + (rows >> 3)] >> (rows & 7).astype(np.uint8) & 1
-            starts[(validity > 0) & (bits == 0)] = -1
+        bits = self._arena.bytes[validity + (rows >> 3)] >> (rows & 7).astype(np.uint8) & 1
+        starts[(validity > 0) & (bits == 0)] = -1
 
     def _ragged(self, column: Column, starts: Int64s) -> Ragged:
         lengths = starts[:, 1] - starts[:, 0]

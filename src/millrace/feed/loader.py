@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -16,7 +17,7 @@ from millrace.feed.blocks import BlockPool, LocalBlocks
 from millrace.feed.events import FeedEvent
 from millrace.feed.foresight import Foresight
 from millrace.feed.order import Order
-from millrace.feed.receipt import Receipt, Traffic
+from millrace.feed.receipt import Receipt, Traffic, traffic_since
 from millrace.feed.recipe import Recipe
 from millrace.feed.spans import Planner, Span
 from millrace.feed.state import Place, decode_state, encode_state
@@ -41,6 +42,10 @@ class Loader:
         clock: For events.
         traffic: What was read from each store so far.
         events: What went wrong; appended to by those who read.
+        others: What else went wrong, and is told of elsewhere: with the other streams of a mixture.
+
+    Raises:
+        UsageError: the system doesn't grant the address space for so much memory.
     """
 
     def __init__(
@@ -51,13 +56,15 @@ class Loader:
         background: Background,
         clock: Clock,
         traffic: Callable[[], Sequence[Traffic]],
-        events: list[FeedEvent],
+        events: MutableSequence[FeedEvent],
+        others: Callable[[], Sequence[FeedEvent]] = tuple,
     ) -> None:
         self.recipe = recipe
         self._background = background
         self._clock = clock
         self._traffic = traffic
         self._events = events
+        self._others = others
         self._foresight = Foresight(recipe.order, clock)
         self._pool = BlockPool(
             recipe.sources,
@@ -93,8 +100,9 @@ class Loader:
     @property
     def events(self) -> tuple[FeedEvent, ...]:
         """What went wrong while the feed went on; the newest 1,000."""
-        del self._events[:-_EVENTS_KEPT]
-        return tuple(self._events)
+        found = [*self._events, *self._others()]
+        found.sort(key=lambda event: event.at_ms)
+        return tuple(found[-_EVENTS_KEPT:])
 
     def state_dict(self) -> dict[str, Any]:
         """Where it stands: small, safe for JSON, the same on every rank after the same step."""
@@ -129,9 +137,10 @@ class Loader:
     def receipt(self) -> Receipt:
         """What this rank was given of the current epoch, or of the last one right after its end.
 
-        It begins where this process took the epoch up. ``millrace.merge_receipts`` makes one of those of all ranks.
+        It begins where this process took the epoch up; so does its traffic, which is of all loaders of the dataset in
+        this process. ``millrace.merge_receipts`` makes one of those of all ranks.
         """
-        return self._account.receipt(self._traffic())
+        return self._account.receipt(traffic_since(self._traffic(), self._traffic_before))
 
     def expected(self, epoch: int | None = None) -> Receipt:
         """The receipt that an epoch without a row set aside must merge to: from the order alone, read nowhere.
@@ -173,7 +182,7 @@ class Loader:
             "waited_s": round(stats.waited_s, 6),
             "waited_max_s": round(stats.waited_max_s, 6),
             "memory_bytes": self._pool.arena.used_bytes,
-            "events": len(self._events),
+            "events": len(self.events),
         }
 
     def close(self) -> None:
@@ -216,6 +225,7 @@ class Loader:
         order = self._order(epoch)
         end = self._end(order)
         size = self.recipe.sharing.batch_size
+        skipped = (workers - 1) * size
         planner = Planner(
             order,
             self.recipe.sharing,
@@ -223,27 +233,29 @@ class Loader:
             first_step=-(-self._place.position // size) + worker,
             stride=workers,
             number=self._next_span,
-            span_rows=self.recipe.window_rows // 8 // workers,
+            window_rows=self.recipe.window_rows // workers,
         )
         self._foresight.begin(self._place, end)
-        while (span := planner.take()) is not None:
+        account, assembler = self._account, self._assembler
+        while not planner.ended:
+            self._check_turn(mine)
+            span = planner.take()
             self._foresight.at(self._place)
             self._next_span = span.number + 1
-            found = self._assembler.find(span)
-            for step in range(span.steps):
-                if mine != self._running:
-                    raise UsageError(
-                        "this loop over the loader was overtaken by another one, or by load_state_dict, set_epoch or "
-                        "close; take one loop at a time"
-                    )
-                a, b = int(span.bounds[step]), int(span.bounds[step + 1])
-                batch = self._assembler.batch(span, found, a, b)
-                position = min((span.first_step + step * workers + 1) * size, end)
+            found = assembler.find(span)
+            bounds = span.bounds.tolist()
+            position = span.first_step * size
+            for a, b in itertools.pairwise(bounds):
+                self._check_turn(mine)
+                batch = assembler.batch(span, found, a, b)
+                position = min(position + size, end)
                 self._place = Place(epoch, position)
-                self._account.given(span, b, position)
+                account.given(span, b, position)
+                position += skipped
                 yield batch
-            planner.look_ahead()  # before blocks are let go of: the next span may need them too
-            self._assembler.done(span)
+            if mine == self._running:
+                planner.look_ahead()  # before blocks are let go of: the next span may need them too
+                assembler.done(span)
         if workers > 1 and mine == self._running:
             self._place = Place(epoch, end)
 
@@ -261,12 +273,13 @@ class Loader:
         self._check_open()
         self._running += 1
         self._next_span += 1
-        self._pool.reset()
+        self._pool.reset(drop=self.recipe.in_place)
         self._place = place
         self._account = self._open_account()
 
     def _open_account(self) -> Account:
         order = self._order(self._place.epoch)
+        self._traffic_before = tuple(self._traffic())
         return Account(
             self.recipe,
             self._place,
@@ -284,6 +297,13 @@ class Loader:
     def _end(self, order: Order) -> int:
         sharing = self.recipe.sharing
         return min(sharing.steps(order.rows) * sharing.batch_size, order.rows)
+
+    def _check_turn(self, mine: int) -> None:
+        if mine != self._running:
+            raise UsageError(
+                "this loop over the loader was overtaken by another one, or by load_state_dict, set_epoch or close; "
+                "take one loop at a time"
+            )
 
     def _check_open(self) -> None:
         if self._running < 0:

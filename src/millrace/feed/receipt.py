@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from millrace.core.errors import UsageError
 from millrace.core.model import block_digest
 from millrace.feed.tally import RowTally
 
-__all__ = ["QuarantinedRow", "Receipt", "Traffic", "merge_receipts"]
+__all__ = ["QuarantinedRow", "Receipt", "Traffic", "add_traffic", "merge_receipts", "traffic_since"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -64,7 +64,7 @@ class Receipt:
         digest: Of the delivered (position, stream, row) triples; doesn't depend on who delivered which.
         quarantined: Rows that can't be given.
         share: ``(rank, world size, replication)``, or None for a merged one.
-        traffic: By store. Not a part of :attr:`proof`.
+        traffic: What was read meanwhile, by store. Not a part of :attr:`proof`.
     """
 
     datasets: tuple[str, ...]
@@ -143,7 +143,7 @@ def merge_receipts(parts: Sequence[Receipt]) -> Receipt:
                 f"these receipts are of different feeds: epoch {first.epoch} of order {first.order[:12]} and epoch "
                 f"{part.epoch} of order {part.order[:12]}"
             )
-    ranges = sorted({(p.begin, p.end) for p in parts})
+    ranges = sorted({(p.begin, p.end) for p in parts if p.begin < p.end} or {(p.begin, p.end) for p in parts})
     for (_, end), (begin, _) in itertools.pairwise(ranges):
         if begin != end:
             raise UsageError(
@@ -166,7 +166,7 @@ def merge_receipts(parts: Sequence[Receipt]) -> Receipt:
         digest=tally.hexdigest(),
         quarantined=tuple(sorted(quarantined)),
         share=None,
-        traffic=_traffic(parts),
+        traffic=add_traffic(t for part in parts for t in part.traffic),
     )
     if not merged.whole:
         missing = merged.end - merged.begin - rows - len(quarantined)
@@ -186,14 +186,21 @@ def _one_of_each_group(parts: Sequence[Receipt]) -> list[Receipt]:
     return list(found.values())
 
 
-def _traffic(parts: Sequence[Receipt]) -> tuple[Traffic, ...]:
+def add_traffic(all_traffic: Iterable[Traffic]) -> tuple[Traffic, ...]:
+    """What several read, as one: sums, by store."""
     found: dict[str, Traffic] = {}
-    for item in (t for part in parts for t in part.traffic):
+    for item in all_traffic:
         before = found.get(item.store)
-        found[item.store] = item if before is None else _add(before, item)
+        found[item.store] = item if before is None else _plus(item, before, 1)
     return tuple(found[name] for name in sorted(found))
 
 
-def _add(a: Traffic, b: Traffic) -> Traffic:
-    dollars = None if a.dollars is None or b.dollars is None else a.dollars + b.dollars
-    return replace(a, bytes=a.bytes + b.bytes, wasted=a.wasted + b.wasted, dollars=dollars)
+def traffic_since(now: Iterable[Traffic], before: Iterable[Traffic]) -> tuple[Traffic, ...]:
+    """What was read between two moments, by store."""
+    known = {item.store: item for item in before}
+    return tuple(_plus(item, known[item.store], -1) if item.store in known else item for item in now)
+
+
+def _plus(a: Traffic, b: Traffic, sign: int) -> Traffic:
+    dollars = None if a.dollars is None or b.dollars is None else a.dollars + sign * b.dollars
+    return replace(a, bytes=a.bytes + sign * b.bytes, wasted=a.wasted + sign * b.wasted, dollars=dollars)

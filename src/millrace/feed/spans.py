@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,10 +13,12 @@ from millrace.feed.blocks import BlockPool
 from millrace.feed.order import Order
 from millrace.feed.share import Sharing
 
-__all__ = ["Planner", "Span"]
+__all__ = ["SPANS_A_WINDOW", "Planner", "Span"]
 
 Int64s = npt.NDArray[np.int64]
 
+SPANS_A_WINDOW: Final = 8
+"""So that a span, whose blocks are in memory at once, doesn't need two of each window."""
 _SPAN_ROWS: Final = 4096
 _AHEAD_ROWS: Final = 65_536
 """Rows planned ahead of the one that is given: 40 bytes each."""
@@ -61,8 +64,8 @@ class Planner:
         first_step: Where to begin.
         stride: From each step that is planned to the next: more than 1 where several workers share a rank's steps.
         number: The first span's.
-        span_rows: At most, and never over 4,096; fewer where shuffle windows are small, so that a span doesn't need
-            two of each.
+        window_rows: About how many consecutive rows need one set of blocks. A span has an eighth of them, and never
+            over 4,096.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class Planner:
         *,
         first_step: int,
         number: int,
-        span_rows: int,
+        window_rows: int,
         stride: int = 1,
     ) -> None:
         self._order = order
@@ -84,18 +87,25 @@ class Planner:
         self._steps = sharing.steps(order.rows)
         self._number = number
         self._rows_a_step = max(-(-sharing.batch_size * sharing.replication // sharing.world_size), 1)
-        self._span_steps_max = max(min(span_rows, _SPAN_ROWS) // self._rows_a_step, 1)
+        self._span_steps_max = max(min(window_rows // SPANS_A_WINDOW, _SPAN_ROWS) // self._rows_a_step, 1)
         self._span_steps = 1
-        self._planned: list[Span] = []
+        self._planned: deque[Span] = deque()
         self._ahead = 0
 
-    def take(self) -> Span | None:
-        """The next span; None at the epoch's end."""
+    @property
+    def ended(self) -> bool:
+        """Whether every span was taken."""
+        return not self._planned and self._next >= self._steps
+
+    def take(self) -> Span:
+        """The next span.
+
+        Raises:
+            IndexError: there is none.
+        """
         if not self._planned:
             self._plan()
-        if not self._planned:
-            return None
-        span = self._planned.pop(0)
+        span = self._planned.popleft()
         self._ahead -= len(span.positions)
         return span
 

@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Final
 
-import torch
 from torch.utils.data import DataLoader
 
+import torch
 from millrace.core.errors import UsageError
 from millrace.feed.events import FeedEvent
 from millrace.feed.loader import Loader
 from millrace.feed.receipt import Receipt
 from millrace.feed.state import Place, encode_state
 from millrace.feed.torch.dataset import FeedDataset
-from millrace.feed.torch.parcels import Collected, Parcel, Totals, add_stats, add_traffic, collate_parcel, error_of
+from millrace.feed.torch.parcels import Collected, Parcel, add_stats, collate_parcel, error_of
 
 __all__ = ["FeedDataLoader"]
 
@@ -86,8 +86,8 @@ class FeedDataLoader(DataLoader[Any]):  # type: ignore[misc,unused-ignore]  # to
         self._collected: Collected | None = None if num_workers == 0 else Collected(self._feed)
         self._running = 0  # which loop is the one that may go on; negative when closed
         self._events: list[FeedEvent] = []
-        self._past: list[Totals] = []  # of workers that ended
-        self._present: dict[int, Totals] = {}
+        self._past: list[dict[str, Any]] = []  # stats of workers that ended
+        self._present: dict[int, dict[str, Any]] = {}  # and of those there are
         super().__init__(
             dataset,
             batch_size=None,
@@ -122,7 +122,7 @@ class FeedDataLoader(DataLoader[Any]):  # type: ignore[misc,unused-ignore]  # to
         return (*self._feed.events, *self._events)[-_EVENTS_KEPT:]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands: small, safe for JSON, the same on every rank after the same step, with workers or without."""
+        """Where it stands: small, safe for JSON, the same on every rank after the same step, with workers or not."""
         recipe = self._feed.recipe
         return encode_state(recipe.identity, self._next_place(), batch_size=recipe.sharing.batch_size)
 
@@ -154,7 +154,7 @@ class FeedDataLoader(DataLoader[Any]):  # type: ignore[misc,unused-ignore]  # to
         """
         if self._collected is None:
             return self._feed.receipt()
-        return self._collected.receipt(add_traffic([t for totals in self._totals() for t in totals.traffic]))
+        return self._collected.receipt()
 
     def expected(self, epoch: int | None = None) -> Receipt:
         """The receipt that an epoch without a row set aside must merge to; see ``Loader.expected``."""
@@ -164,7 +164,7 @@ class FeedDataLoader(DataLoader[Any]):  # type: ignore[misc,unused-ignore]  # to
 
     def stats(self) -> dict[str, Any]:
         """Blocks loaded, from where, and how long batches waited for them, added up over workers; safe for JSON."""
-        return add_stats([self._feed.stats(), *(totals.stats for totals in self._totals())])
+        return add_stats([self._feed.stats(), *self._past, *self._present.values()])
 
     def close(self) -> None:
         """End persistent workers and let memory go; it can't be iterated again. Safe to call twice."""
@@ -187,9 +187,10 @@ class FeedDataLoader(DataLoader[Any]):  # type: ignore[misc,unused-ignore]  # to
         if self._collected.place != place:
             self._feed.load_state_dict(self.state_dict())
             self._collected = Collected(self._feed)
+        self._collected.begin()
         self.dataset.go_to(place)
         if not self.persistent_workers or self._iterator is None:
-            self._past += [t._replace(stats={**t.stats, "memory_bytes": 0}) for t in self._present.values()]
+            self._past += [{**stats, "memory_bytes": 0} for stats in self._present.values()]
             self._present = {}
         self._running += 1
         return self._unpacked(super().__iter__(), self._running)
@@ -206,7 +207,7 @@ class FeedDataLoader(DataLoader[Any]):  # type: ignore[misc,unused-ignore]  # to
                 parcel = next(parcels, None)
                 if parcel is None:
                     return
-                self._note(parcel)
+                self._note(parcel, self._collected)
                 if parcel.failure is not None:
                     raise error_of(parcel.failure, parcel.worker)
                 if parcel.part is not None:
@@ -215,11 +216,12 @@ class FeedDataLoader(DataLoader[Any]):  # type: ignore[misc,unused-ignore]  # to
         finally:
             del parcels  # an error's traceback holds this frame, and that must not hold workers
 
-    def _note(self, parcel: Parcel) -> None:
+    def _note(self, parcel: Parcel, collected: Collected) -> None:
         self._events += parcel.events
         del self._events[:-_EVENTS_KEPT]
         if parcel.totals is not None:
-            self._present[parcel.worker] = parcel.totals
+            self._present[parcel.worker] = parcel.totals.stats
+            collected.read(parcel.worker, parcel.totals.traffic)
 
     def _next_place(self) -> Place:
         if self._collected is None:
@@ -231,9 +233,6 @@ class FeedDataLoader(DataLoader[Any]):  # type: ignore[misc,unused-ignore]  # to
         self._running += 1
         if self._collected is not None:
             self._collected = Collected(self._feed)
-
-    def _totals(self) -> list[Totals]:
-        return [*self._past, *self._present.values()]
 
     def _check_open(self) -> None:
         if self._running < 0:

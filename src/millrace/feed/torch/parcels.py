@@ -23,11 +23,11 @@ _TOTALS_EVERY: Final = 16
 
 
 class Totals(NamedTuple):
-    """What a worker read, since it was started.
+    """What a worker read.
 
     Attributes:
-        traffic: By store.
-        stats: See ``Loader.stats``.
+        traffic: By store, in this loop.
+        stats: Since it was started; see ``Loader.stats``.
     """
 
     traffic: tuple[Traffic, ...]
@@ -110,6 +110,8 @@ class Collected:
         self.place = Place(self._empty.epoch, self._empty.begin)
         self._tally = RowTally()
         self._quarantined: set[QuarantinedRow] = set()
+        self._traffic: list[Traffic] = []  # of loops that ended
+        self._reading: dict[int, tuple[Traffic, ...]] = {}  # worker to what it read in this loop
 
     @property
     def ended(self) -> bool:
@@ -132,7 +134,16 @@ class Collected:
             check_quarantine(self._recipe, self.place.epoch, self._empty.total, len(self._quarantined), sentence)
         self.place = Place(self.place.epoch, min(position, self._empty.total))
 
-    def receipt(self, traffic: Sequence[Traffic]) -> Receipt:
+    def begin(self) -> None:
+        """Another loop begins: the first over this epoch, or one that goes on with it."""
+        self._traffic = [*add_traffic(self._all_traffic())]
+        self._reading = {}
+
+    def read(self, worker: int, traffic: tuple[Traffic, ...]) -> None:
+        """What a worker read so far in this loop."""
+        self._reading[worker] = traffic
+
+    def receipt(self) -> Receipt:
         """What was handed out so far."""
         return replace(
             self._empty,
@@ -140,8 +151,11 @@ class Collected:
             rows=self._tally.rows,
             digest=self._tally.hexdigest(),
             quarantined=tuple(sorted(self._quarantined)),
-            traffic=tuple(traffic),
+            traffic=add_traffic(self._all_traffic()),
         )
+
+    def _all_traffic(self) -> list[Traffic]:
+        return [*self._traffic, *(item for items in self._reading.values() for item in items)]
 
 
 def _totals(loader: Loader) -> Totals:
