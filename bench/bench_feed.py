@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,11 +25,20 @@ from bench.feed.tables import of_aims, of_rates, of_resuming
 from bench.harness import Contestant, interpreter
 from bench.tables import Table
 
-QUICK_ROWS = {"tokens": 20_000, "blobs": 4_000, "mix": 8_000}
-SECONDS, WARM_S = 5.0, 4.0
-QUICK_SECONDS, QUICK_WARM_S = 1.0, 0.5
-
 Shares = tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Lengths:
+    """How many rows of each workload, and how long rates are measured and let run before."""
+
+    rows: Mapping[str, int]
+    seconds: float
+    warm_s: float
+
+
+FULL = Lengths(ROWS, 5.0, 4.0)
+QUICK = Lengths({"tokens": 20_000, "blobs": 4_000, "mix": 8_000}, 1.0, 0.5)
 
 
 def feeders() -> list[Feeder]:
@@ -76,12 +85,13 @@ def with_workers() -> list[Feeder]:
 
 
 def measure_feed(
-    command: Command, workload: str, rows: int, seconds: float, warm_s: float, *, workers: bool, keep: bool
+    command: Command, workload: str, lengths: Lengths, *, workers: bool = False, keep: bool = False
 ) -> list[Figures]:
     """One workload: two tables, or three with worker processes."""
+    rows = lengths.rows[workload]
     folder = command.folder / f"feed-{workload}-{rows}"
     folder.mkdir(parents=True, exist_ok=True)
-    plan = FeedPlan(workload, rows, folder, command.rounds, command.seed, seconds, warm_s)
+    plan = FeedPlan(workload, rows, folder, command.rounds, command.seed, lengths.seconds, lengths.warm_s)
     command.say(f"{rows:,} rows, workload {workload}: making each loader's copy")
     title = f"{rows:,} rows, workload {workload}, batches of {BATCH_ROWS}"
     try:
@@ -97,7 +107,7 @@ def measure_feed(
     return found
 
 
-def add_aims(command: Command, found: dict[str, Sequence[Figures]]) -> None:
+def add_aims(command: Command, found: Mapping[str, Sequence[Figures]]) -> None:
     """The table that sums up."""
     command.add(of_aims("feed", f"Batches of {BATCH_ROWS} a second, no workers", found))
 
@@ -124,7 +134,7 @@ def main() -> int:
     options.add_argument("--quick", action="store_true", help="small sizes and one round; never written to the page")
     options.add_argument("--workload", choices=WORKLOADS, action="append", help="may be given again; all by default")
     options.add_argument("--rows", type=int, help="instead of the workload's own number")
-    options.add_argument("--seconds", type=float, help=f"of a rate (default {SECONDS:g})")
+    options.add_argument("--seconds", type=float, help=f"of a rate (default {FULL.seconds:g})")
     options.add_argument("--workers", action="store_true", help="also with two worker processes")
     options.add_argument("--keep", action="store_true", help="keep the loaders' copies for the next time")
     given = options.parse_args()
@@ -132,16 +142,15 @@ def main() -> int:
         options.error("--quick measures too little to be written to the page; leave one of the two out")
     if given.quick:
         given.rounds = 1
-    seconds = given.seconds or (QUICK_SECONDS if given.quick else SECONDS)
-    warm_s = QUICK_WARM_S if given.quick else WARM_S
-    sizes = QUICK_ROWS if given.quick else ROWS
+    lengths = QUICK if given.quick else FULL
+    if given.rows:
+        lengths = dataclasses.replace(lengths, rows=dict.fromkeys(WORKLOADS, given.rows))
+    if given.seconds:
+        lengths = dataclasses.replace(lengths, seconds=given.seconds)
     found: dict[str, Sequence[Figures]] = {}
     with take(given) as command:
         for workload in given.workload or WORKLOADS:
-            rows = given.rows or sizes[workload]
-            found[workload] = measure_feed(
-                command, workload, rows, seconds, warm_s, workers=given.workers, keep=given.keep
-            )
+            found[workload] = measure_feed(command, workload, lengths, workers=given.workers, keep=given.keep)
         add_aims(command, found)
     return command.exit_code
 

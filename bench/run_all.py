@@ -1,8 +1,8 @@
 """All measurements in one go, and the tables they make. See bench/README.md.
 
 python bench/run_all.py --quick        # small sizes, one round: does everything work here?
-python bench/run_all.py --write        # the real ones, into docs/benchmarks.md: an hour and 35 GB of disk
-python bench/run_all.py --part copy    # some of them: plan, manifest, records, copy, memory
+python bench/run_all.py --write        # the real ones, into docs/benchmarks.md: three hours and 35 GB of disk
+python bench/run_all.py --part copy    # some of them: plan, manifest, records, copy, memory, feed
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench import bench_feed
 from bench.bench_copy import measure_copy
 from bench.bench_records import measure_records
 from bench.command import Command, parser, take
+from bench.feed.rows import WORKLOADS
 from bench.harness import Entry
 from bench.scripts import measure_script
 from bench.tables import Table
 from bench.tokens import LAYOUTS, ROW_BYTES
 
-PARTS = ("plan", "manifest", "records", "copy", "memory")
+PARTS = ("plan", "manifest", "records", "copy", "memory", "feed")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,6 +72,10 @@ def main() -> int:
         copies = [_copy(command, gigabytes) for gigabytes in sizes.gigabytes] if "copy" in parts else []
         if "memory" in parts:
             command.add(_memory(command, sizes, copies))
+        if "feed" in parts:
+            lengths = bench_feed.QUICK if given.quick else bench_feed.FULL
+            found = {w: bench_feed.measure_feed(command, w, lengths, keep=given.keep) for w in WORKLOADS}
+            bench_feed.add_aims(command, found)
         if not given.keep:
             shutil.rmtree(command.folder, ignore_errors=True)
     return command.exit_code

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bench.feed.harness import Figures
 from bench.tables import Table
@@ -53,7 +53,7 @@ def of_resuming(name: str, title: str, found: Sequence[Figures]) -> Table:
     return Table(name, title, head, tuple(lines))
 
 
-def of_aims(name: str, title: str, found: dict[str, Sequence[Figures]]) -> Table:
+def of_aims(name: str, title: str, found: Mapping[str, Sequence[Figures]]) -> Table:
     """Where Millrace stands beside the best of each sort, a line for each workload."""
     lines = []
     for workload, all_of_it in found.items():

@@ -221,7 +221,7 @@ def test_versions_are_found_by_name_number_and_digest(scene: Scene) -> None:
     ("reference", "sentence"),
     [
         ("sett", "did you mean 'set'"),
-        ("wholly-other", "There is set, words; see 'millrace datasets'"),
+        ("wholly-other", "there is set, words; see 'millrace datasets'"),
         ("set@9", r"has no version 9; there is set@1 \("),
         ("set@abcd", "neither a version's number nor at least 8 letters"),
         ("set@00000000ff", "has no version 00000000ff; there is set@1"),

@@ -125,7 +125,7 @@ def make_loader(background: Background) -> Iterator[MakeLoader]:
             sources=(source,),
             labels=("memory@1",),
             schema=index.schema,
-            columns=columns_of(index.schema, columns),
+            columns=columns_of(index.schema, columns, as_arrow=arrow),
             decode=decode or {},
             order=order,
             identity={

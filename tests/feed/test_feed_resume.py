@@ -206,7 +206,7 @@ def rest_of(ranks: Sequence[Loader], steps: Sequence[Sequence[int]], world: Worl
     return [in_order(shares, step, world) for shares, step in zip(rest, steps, strict=True)]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(feed=feeds(), data=st.data())
 def test_stopped_at_every_step_and_resumed_in_another_world(
     feed: Feed, data: st.DataObject, source_of: SourceOf, background: Background
@@ -256,7 +256,7 @@ def test_from_each_world_to_each_other_at_every_step(source_of: SourceOf, backgr
                 assert rest_of(ranks, steps[stop:], World(size)) == steps[stop:]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(feed=feeds(), workers=st.integers(1, 5), data=st.data())
 def test_workers_share_a_ranks_steps(
     feed: Feed, workers: int, data: st.DataObject, source_of: SourceOf, background: Background

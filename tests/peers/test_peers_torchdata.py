@@ -13,8 +13,8 @@ import pytest
 
 pytest.importorskip("torchdata")
 
-from torchdata.stateful_dataloader import StatefulDataLoader
-from torchdata.stateful_dataloader.stateful import Stateful
+from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-not-found,unused-ignore]
+from torchdata.stateful_dataloader.stateful import Stateful  # type: ignore[import-not-found,unused-ignore]
 
 from millrace.client.dataset import Dataset, open_dataset
 from millrace.client.session import session_for

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -75,7 +74,3 @@ def reference(ds: Dataset) -> dict[int, list[list[int]]]:
     """Epoch to its steps' ids, batches of 10 with seed 3, by the loader without torch."""
     with ds.loader(10, seed=3, format="numpy", rank=0, world_size=1) as loader:
         return {epoch: [batch["id"].tolist() for batch in loader] for epoch in range(4)}
-
-
-def ids(batches: Any) -> list[list[int]]:
-    return [batch["id"].tolist() for batch in batches]

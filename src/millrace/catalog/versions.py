@@ -170,10 +170,10 @@ async def _no_dataset(coord: Coordination, name: str) -> str:
     if not names:
         return f"there is no dataset {name!r}, nor any other yet; run a pipeline first"
     close = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = f"; did you mean {close[0]!r}? There is" if close else "; there is"
     more = f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""
-    return f"there is no dataset {name!r}{hint} There is {', '.join(names[:_NAMED_AT_MOST])}{more}" + (
-        "" if hint else "; see 'millrace datasets'"
+    return f"there is no dataset {name!r}{hint} {', '.join(names[:_NAMED_AT_MOST])}{more}" + (
+        "" if close else "; see 'millrace datasets'"
     )
 
 

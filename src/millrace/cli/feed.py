@@ -48,7 +48,9 @@ def feed(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in a global batch, over all ranks.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Of the order.")] = 0,
     shuffle: Annotated[Shuffled, typer.Option(help="How far rows move.")] = Shuffled.WINDOW,
-    epoch: Annotated[int, typer.Option(min=0, help="Which epoch, from 0.")] = 0,
+    epoch: Annotated[
+        int | None, typer.Option(min=0, help="Which epoch, from 0. Default: 0, or what --state says.")
+    ] = None,
     rank: Annotated[int, typer.Option(min=0, help="Read the share of this rank ...")] = 0,
     world_size: Annotated[int, typer.Option(min=1, help="... of so many.")] = 1,
     drop_last: Annotated[bool, typer.Option("--drop-last", help="Leave out a last batch that isn't full.")] = False,
@@ -57,6 +59,7 @@ def feed(
         Path | None, typer.Option(help="Folder for blocks. Default: $MILLRACE_CACHE or ~/.cache/millrace.")
     ] = None,
     cache_limit: Annotated[str, typer.Option(help="How large it may grow.")] = "50GB",
+    quarantine: Annotated[str, typer.Option(help="Share of rows that may be set aside before it is an error.")] = "1%",
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no blocks on disk.")] = False,
     state: Annotated[
         Path | None,
@@ -84,12 +87,16 @@ def feed(
                 world_size=world_size,
                 drop_last=drop_last,
                 columns=column,
+                quarantine=quarantine,
                 format="numpy",
             ) as loader,
         ):
-            loader.set_epoch(epoch)
             if state is not None and state.exists():
+                if epoch is not None:
+                    raise UsageError(f"--epoch {epoch}, and --state {state} says another place: leave one of them out")
                 loader.load_state_dict(_read_state(state))
+            else:
+                loader.set_epoch(epoch or 0)
             output.say(f"{opened.label}: epoch {loader.epoch} from row {loader.position:,} of {len(opened):,}")
             try:
                 numbers = _drain(loader, batch_size, output)

@@ -221,6 +221,8 @@ def open_dataset(
         UsageError: there is no such world, dataset or version; or the cache folder can't be used.
         StoreError: no whole replica of its manifest can be read.
     """
+    if not isinstance(reference, str):
+        raise UsageError(f"millrace.open wants a name like 'stdlib' or 'stdlib@3', not {reference!r}")
     return _reopen(
         reference,
         None if world is None else Path(world),

@@ -56,8 +56,10 @@ def mix(
     Raises:
         UsageError: the weights don't fit the datasets, or can't be; says what.
     """
-    if not datasets:
-        raise UsageError("millrace.mix got no datasets; give it {'name': millrace.open(...), ...}")
+    if not isinstance(datasets, Mapping) or not all(isinstance(d, Dataset) for d in datasets.values()) or not datasets:
+        raise UsageError(
+            "millrace.mix wants datasets by name: {'prose': millrace.open(...), 'code': millrace.open(...)}"
+        )
     if stages is not None:
         if weights is not None or rows is not None:
             raise UsageError("stages= says rows and weights itself; leave rows= and weights= out")
@@ -69,6 +71,10 @@ def mix(
 
 
 def _in_order(datasets: Mapping[str, Dataset], weights: Weights) -> tuple[float, ...]:
+    if not isinstance(weights, Mapping):
+        raise UsageError(
+            f"weights are by name too: {{{', '.join(f'{name!r}: 1' for name in datasets)}}}, not {weights!r}"
+        )
     if set(weights) != set(datasets):
         odd = sorted(set(weights) ^ set(datasets))[0]
         where = "weights" if odd in weights else "datasets"

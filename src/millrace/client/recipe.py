@@ -85,7 +85,7 @@ def build_loader(datasets: Sequence[Dataset], stages: Sequence[Stage] | None, op
         sources=tuple(d.source for d in datasets),
         labels=tuple(d.label for d in datasets),
         schema=schema,
-        columns=columns_of(schema, options.columns),
+        columns=columns_of(schema, options.columns, as_arrow=finish is None),
         decode=options.decode,
         order=order,
         identity=_identity(datasets, plans, stages),
@@ -185,7 +185,7 @@ def _memory(datasets: Sequence[Dataset], plans: Sequence[OrderPlan], sharing: Sh
 
 
 def _window_rows(datasets: Sequence[Dataset], plans: Sequence[OrderPlan], sharing: Sharing, memory_bytes: int) -> int:
-    """See ``Recipe.window_rows``. Where there are no windows, so many rows that a span of them needs half the memory."""
+    """See ``Recipe.window_rows``. Without windows so many rows that a span of them needs half of the memory."""
     if plans[0].shuffle is Shuffle.WINDOW:
         lanes = -(-plans[0].lanes // sharing.groups)
         return sum(int(d.index.rows.mean() * p.window * lanes) for d, p in zip(datasets, plans, strict=True))

@@ -141,5 +141,6 @@ def check_quarantine(recipe: Recipe, epoch: int, total: int, count: int, newest:
     if count > (max(recipe.quarantine * total, _ALWAYS) if recipe.quarantine else 0):
         raise QuarantineExceeded(
             f"{count} rows of epoch {epoch} can't be given, more than quarantine={recipe.quarantine:g} allows; "
+            "raise it, or mend them at ingest (validate, sql); "
             f"the newest: {newest}"
         )

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from millrace.core.errors import UsageError
+from millrace.core.errors import TransformError, UsageError
 from millrace.feed.blocks import BlockPool
 from millrace.feed.columns import Gather
 from millrace.feed.recipe import Recipe
@@ -134,19 +134,24 @@ class Assembler:
         return batch
 
     def _arrow(self, slots: npt.NDArray[np.int32], rows: npt.NDArray[np.int64]) -> pa.RecordBatch:
-        names = list(self._names)
         distinct, which = np.unique(slots, return_inverse=True)
         order = np.argsort(which, kind="stable")
-        taken = [
-            self._pool.loaded(int(slot)).bound.batch.select(names).take(pa.array(rows[which == i]))
-            for i, slot in enumerate(distinct.tolist())
-        ]
+        taken = [self._taken(slot, rows[which == i]) for i, slot in enumerate(distinct.tolist())]
         if not taken:
-            schema = pa.schema([self._recipe.schema.field(name) for name in names])
+            schema = pa.schema([self._recipe.schema.field(name) for name in self._names])
             return pa.RecordBatch.from_arrays([pa.array([], f.type) for f in schema], schema=schema)
         back = np.empty(len(order), np.int64)
         back[order] = np.arange(len(order))
         return pa.concat_batches(taken).take(pa.array(back))
+
+    def _taken(self, slot: int, rows: Int64s) -> pa.RecordBatch:
+        try:
+            return self._pool.loaded(slot).bound.batch.select(list(self._names)).take(pa.array(rows))
+        except pa.ArrowNotImplementedError as error:
+            raise TransformError(
+                f"Arrow can't take rows of one of the columns {', '.join(self._names)}: {error}; leave it out with "
+                "columns=, or take format='numpy'"
+            ) from error
 
 
 def _lies_together(span: Span, a: int, b: int) -> bool:

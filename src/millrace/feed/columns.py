@@ -93,18 +93,26 @@ _OBJECT: Final = np.dtype(object)
 _U8: Final = np.dtype(np.uint8)
 
 
-def columns_of(schema: pa.Schema, names: Sequence[str] | None) -> tuple[Column, ...]:
+def columns_of(schema: pa.Schema, names: Sequence[str] | None, *, as_arrow: bool = False) -> tuple[Column, ...]:
     """How each column is given, in the schema's order or that of ``names``.
+
+    Args:
+        schema: Of the blocks.
+        names: Which columns; None means all.
+        as_arrow: Batches are Arrow's own, which has a null for every type: no row lacks a value.
 
     Raises:
         UsageError: there is no such column; names those there are.
     """
     wanted = list(schema.names) if names is None else list(names)
     for name in wanted:
-        if schema.names.count(name) != 1:
-            raise UsageError(f"there is no one column {name!r}; there is {', '.join(schema.names)}")
+        if (times := schema.names.count(name)) != 1:
+            what = "no column" if times == 0 else "more than one column"
+            raise UsageError(f"there is {what} {name!r}; there is {', '.join(schema.names)}")
     if not wanted:
         raise UsageError(f"columns= names no column; there is {', '.join(schema.names)}")
+    if as_arrow:
+        return tuple(Column(name, schema.get_field_index(name), "objects", _OBJECT, null="none") for name in wanted)
     return tuple(_column(name, schema.get_field_index(name), schema.field(name).type) for name in wanted)
 
 

@@ -43,7 +43,7 @@ class FeedDataset(IterableDataset[Any]):  # type: ignore[misc,unused-ignore]  # 
         loader = make(**options)
         sharing = loader.recipe.sharing  # of this process: its workers can't ask torch.distributed
         options.update(rank=sharing.rank, world_size=sharing.world_size)
-        goto = torch.zeros(3, dtype=torch.int64).share_memory_()
+        goto = torch.zeros(3, dtype=torch.int64)  # sending a tensor to a worker makes it shared memory
         self._open(functools.partial(make, **options), goto, in_parcels=False, loader=loader)
 
     def _open(self, make: Callable[[], Loader], goto: Any, *, in_parcels: bool, loader: Loader | None) -> None:
