@@ -13,12 +13,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import millrace
-import torch
 from millrace.feed.torch import FeedDataLoader
-from torch import nn
 
 STATE = "feed.json"
 

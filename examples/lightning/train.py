@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 
 import millrace
-import torch
 from millrace.feed.torch import FeedDataLoader
-from torch import nn
 
 
 class Miller(lightning.LightningModule):

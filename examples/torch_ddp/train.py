@@ -16,15 +16,15 @@ import os
 import tempfile
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
 import millrace
-import torch
 from millrace.feed.torch import gather_receipts
-from torch import nn
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

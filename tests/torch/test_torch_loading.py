@@ -13,9 +13,9 @@ from itertools import islice
 from typing import Any
 
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
-import torch
 from millrace.client.dataset import Dataset
 from millrace.client.mix import mix
 from millrace.core.errors import MillraceError, QuarantineExceeded, UsageError

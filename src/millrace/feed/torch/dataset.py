@@ -7,9 +7,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-import torch
 from millrace.core.errors import UsageError
 from millrace.feed.background import FORKED
 from millrace.feed.loader import Loader

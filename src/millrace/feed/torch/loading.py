@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Final
 
+import torch
 from torch.utils.data import DataLoader
 
-import torch
 from millrace.core.errors import UsageError
 from millrace.feed.events import FeedEvent
 from millrace.feed.loader import Loader
