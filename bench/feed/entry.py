@@ -18,6 +18,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import multiprocessing
+import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -128,6 +130,10 @@ def enter(prepare: Callable[[Job], None], make: Callable[[Job], Loader], *, vers
     else:
         result = _STEPS[given.step](job, make, options)
     print("\n" + json.dumps({"bench": given.step, "versions": versions, **result}), flush=True)
+    if job.workers:  # some never end by themselves, and would keep the pipe open that this is read from
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(0)
 
 
 def _whole(job: Job, make: Callable[[Job], Loader], options: _Options) -> Mapping[str, Any]:

@@ -21,7 +21,7 @@ MILLRACE = (sys.executable, "-m", "millrace")
 
 
 def _corpus(folder: Path) -> Path:
-    for i in range(40):
+    for i in range(400):
         file = folder / "corpus" / f"package {i % 4}" / f"module_{i}.py"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f'"""Module {i}."""\n' + "".join(f"value_{i}_{k} = {k * i}\n" for k in range(200)))
@@ -34,7 +34,7 @@ def test_every_claim_holds(tmp_path: Path) -> None:
     shown = Demo(world, _corpus(tmp_path), Output(as_json=True), workers=1)
     asyncio.run(shown.play())
     assert [claim.text for claim in shown.claims if not claim.held] == []
-    assert len(shown.claims) == 6
+    assert len(shown.claims) == 8
     assert len(shown.digest) == 64
     for cloud in CLOUDS:
         assert list((world / "clouds" / cloud).rglob("*.arrow")), f"{cloud} is empty"

@@ -91,7 +91,7 @@ def truncate(store: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "cause"),
     [(remove, "does not have shard"), (corrupt, "rotten"), (truncate, "rotten")],
-    ids=lambda v: str(v),
+    ids=["removed", "corrupt", "cut-off"],
 )
 def test_the_replica_in_use_goes_bad_in_mid_epoch(
     corpus: Path, opened: Dataset, harm: Callable[[Path], None], cause: str

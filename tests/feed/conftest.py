@@ -110,9 +110,12 @@ def make_loader(background: Background) -> Iterator[MakeLoader]:
         arrow: bool = False,
         lanes: int | None = None,
         window: int | None = None,
+        window_rows: int = 1024,
         memory: int = 10_000_000,
+        ahead: int = 1_000_000,
         cache: LocalBlocks | None = None,
         quarantine: float = 1.0,
+        keep: bool = True,
     ) -> Loader:
         index = source.index
         mode = parse_shuffle(shuffle)
@@ -140,13 +143,14 @@ def make_loader(background: Background) -> Iterator[MakeLoader]:
             sharing=Sharing(batch_size, rank, world_size, replication, drop_last),
             finish=None if arrow else (lambda batch: batch),
             in_place=mode in {Shuffle.BLOCKS, Shuffle.NONE},
-            window_rows=1024,
+            window_rows=window_rows,
             memory_bytes=memory,
-            ahead_bytes=1_000_000,
+            ahead_bytes=ahead,
             quarantine=quarantine,
         )
         loader = Loader(recipe, cache=cache, background=background, clock=StillClock(), traffic=tuple, events=[])
-        made.append(loader)
+        if keep:
+            made.append(loader)
         return loader
 
     yield make

@@ -53,7 +53,7 @@ transforms:
   - sql: "SELECT path, text FROM records WHERE length(text) > 200"
   - validate: {{required: [text], unique: [path]}}
   - tokenize: {{column: text, tokenizer: bytes, pack: 2048}}
-shards: {{size: 4MB, block_rows: 128}}
+shards: {{size: 4MB, block_rows: 32}}
 placement: {{replicas: 3, min_clouds: 2, allow: [us, eu]}}
 quarantine: {{limit: 2%}}         # the library's tests hold files that are broken on purpose
 chunk: 4MB
@@ -263,15 +263,15 @@ class Demo:
         """What a researcher writes; and in the middle of the loop the cloud that is being read from goes away."""
         dataset = open_dataset(_DATASET, world=self._folder / "world.yaml", cache=False)
         # So little memory that the epoch can't be read ahead before the cloud is gone.
-        with dataset, dataset.loader(32, seed=17, window=2, memory="4MB", format="numpy") as loader:
+        with dataset, dataset.loader(32, seed=17, lanes=4, window=1, memory="1MB", format="numpy") as loader:
             lost, before = "", 0
             for step, _batch in enumerate(loader):
                 if step == len(loader) // 3:
                     used = max(dataset.traffic(), key=lambda t: t.bytes)
                     lost, before = used.cloud, loader.stats()["blocks_loaded"]
-                    shutil.rmtree(self._cloud(lost))
+                    self._cloud(lost).rename(self._folder / "unplugged")
                     size = format_bytes(used.bytes)
-                    self._say(f"step {step} of {len(loader)}: deleted {lost}, which {size} came from")
+                    self._say(f"step {step} of {len(loader)}: unplugged {lost}, which {size} came from")
             receipt, stats = loader.receipt(), loader.stats()
             self._say(f"{stats['blocks_loaded'] - before} blocks were read after that, and batches went on")
             for event in [e for e in loader.events if e.kind == "failover"][:2]:
@@ -286,6 +286,8 @@ class Demo:
             )
             for line in receipt_lines(receipt):
                 self._say(line)
+        (self._folder / "unplugged").rename(self._cloud(lost))
+        self._say(f"{lost} is plugged in again")
         dataset.session.close()
 
     # --- words ------------------------------------------------------------------------------------

@@ -91,12 +91,7 @@ def feed(
                 format="numpy",
             ) as loader,
         ):
-            if state is not None and state.exists():
-                if epoch is not None:
-                    raise UsageError(f"--epoch {epoch}, and --state {state} says another place: leave one of them out")
-                loader.load_state_dict(_read_state(state))
-            else:
-                loader.set_epoch(epoch or 0)
+            _begin_at(loader, epoch, state)
             output.say(f"{opened.label}: epoch {loader.epoch} from row {loader.position:,} of {len(opened):,}")
             try:
                 numbers = _drain(loader, batch_size, output)
@@ -148,6 +143,15 @@ def _rate_line(numbers: dict[str, Any]) -> str:
         f"{format_seconds(numbers['seconds'])}; waited {format_seconds(numbers['waited_s'])} for blocks, "
         f"{format_seconds(numbers['waited_max_s'])} at most"
     )
+
+
+def _begin_at(loader: Loader, epoch: int | None, state: Path | None) -> None:
+    if state is None or not state.exists():
+        loader.set_epoch(epoch or 0)
+    elif epoch is None:
+        loader.load_state_dict(_read_state(state))
+    else:
+        raise UsageError(f"--epoch {epoch}, and --state {state} says another place: leave one of them out")
 
 
 def _drain(loader: Loader, batch_size: int, output: Output) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class BlockPool:
         cache: The local cache, or None.
         background: Where fetches run.
         budget_bytes: For blocks in memory, loaded ahead included.
-        ahead_bytes: For blocks on their way into the cache.
+        ahead_bytes: For blocks on their way into the cache, or waiting there to be loaded for the first time.
         foresight: Says when blocks come up again, for the cache.
 
     Raises:
@@ -116,8 +116,8 @@ class BlockPool:
         self._loading_bytes = 0
         self._to_fill: deque[int] = deque()  # wanted, and perhaps not in the cache
         self._filling: dict[int, concurrent.futures.Future[None]] = {}
-        self._filling_bytes = 0
-        self._filled: set[int] = set()  # put into the cache ahead of their use
+        self._filled: set[int] = set()  # waiting in the cache
+        self._ahead_bytes = 0  # of both
         self._filled_well = self._filled_in_vain = 0
         self._done_with: list[int] = []  # let go of, and the cache not yet told
         self._ever_bytes = self._ever_stored_bytes = 0  # of all blocks so far: in memory, and where they lie
@@ -205,8 +205,8 @@ class BlockPool:
         for future in list(self._filling.values()):
             future.cancel()
         self._filling.clear()
-        self._filling_bytes = 0
         self._filled.clear()
+        self._ahead_bytes = 0
         self._filled_well = self._filled_in_vain = 0
 
     def close(self) -> None:
@@ -260,6 +260,7 @@ class BlockPool:
         """Learn what the cache is worth: a full, failing or too small one would have blocks fetched twice."""
         if g in self._filled:
             self._filled.discard(g)
+            self._ahead_bytes -= self._room_of(g)
             self._filled_well += hit
             self._filled_in_vain += not hit
         elif not hit and self._local[g]:
@@ -326,11 +327,12 @@ class BlockPool:
             self._end(g)
         for g in [g for g, filling in self._filling.items() if filling.done()]:
             filling = self._filling.pop(g)
-            self._filling_bytes = self._filling_bytes - self._room_of(g) if self._filling else 0
-            if not filling.cancelled() and filling.exception() is None:
-                self._local[g] = True
-                if self._slot[g] < 0:
-                    self._filled.add(g)
+            is_there = not filling.cancelled() and filling.exception() is None
+            self._local[g] |= is_there
+            if is_there and self._slot[g] < 0:
+                self._filled.add(g)
+            else:
+                self._ahead_bytes -= self._room_of(g)
 
     def _pump(self, span: int) -> None:
         """Begin loading what comes next, as far as the budget goes, and fill the cache beyond that."""
@@ -347,12 +349,12 @@ class BlockPool:
             self._queued[g] = False
         if self._filled_in_vain > 1 + self._filled_well // 4:
             return
-        while self._to_fill and self._filling_bytes < self._ahead and len(self._filling) < _AT_ONCE:
+        while self._to_fill and self._ahead_bytes < self._ahead and len(self._filling) < _AT_ONCE:
             g = self._to_fill.popleft()
             # Once: what can't be fetched now is fetched when it is loaded.
             if self._slot[g] < 0 and g not in self._loading and g not in self._filling and not self._local[g]:
                 self._filling[g] = self._reads.fill(g)
-                self._filling_bytes += self._room_of(g)
+                self._ahead_bytes += self._room_of(g)
 
     def _room_of(self, g: int) -> int:
         return room_bytes(int(self._sizes[g]))
