@@ -58,6 +58,11 @@ class Job:
     workers: int
 
     @property
+    def processes(self) -> dict[str, Any]:
+        """The options of torch's ``DataLoader`` for worker processes: they stay from epoch to epoch."""
+        return {"num_workers": self.workers, "persistent_workers": self.workers > 0}
+
+    @property
     def batches(self) -> int:
         """In an epoch."""
         return -(-self.rows // BATCH_ROWS)

@@ -72,7 +72,7 @@ class Loader:
         self._rows = rows
         self._epochs = 0
         size, collate = (None, _batch) if job.variant == "map" else (BATCH_ROWS, _joined)
-        self._batches = DataLoader(rows, size, sampler=order, num_workers=job.workers, collate_fn=collate)
+        self._batches = DataLoader(rows, size, sampler=order, collate_fn=collate, **job.processes)
 
     def epoch(self) -> Iterator[Batch]:
         if isinstance(self._rows, datasets.IterableDataset):

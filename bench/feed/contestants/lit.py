@@ -1,7 +1,8 @@
 """litdata: chunks of 64 MB in place, ``StreamingDataset`` and ``StreamingDataLoader``, shuffled.
 
 Tokens have their own loader there (``TokensLoader``), which lays them end to end. Other rows are bytes; in ``mix``
-pairs of a number and bytes. The variant ``full`` shuffles over whole chunks instead of 256 rows of one.
+pairs of a number and bytes. The variant ``full`` shuffles over whole chunks instead of 256 rows of one, and decodes
+rows one by one, since decoding the 256 around each costs many times more then.
 """
 
 from __future__ import annotations
@@ -63,9 +64,7 @@ class Loader:
             item_shuffle_window="full" if job.variant == "full" else None,
             batch_decode=0 if job.variant == "full" else "auto",
         )
-        self._batches = litdata.StreamingDataLoader(
-            rows, batch_size=BATCH_ROWS, num_workers=job.workers, collate_fn=collate
-        )
+        self._batches = litdata.StreamingDataLoader(rows, batch_size=BATCH_ROWS, collate_fn=collate, **job.processes)
         self.state, self.load = self._batches.state_dict, self._batches.load_state_dict
 
     def _tokens(self, rows: list[torch.Tensor]) -> Batch:

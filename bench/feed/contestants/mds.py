@@ -40,7 +40,7 @@ class Loader:
             predownload=job.rows if job.variant == "ahead" else None,
         )
         self._batches = streaming.StreamingDataLoader(
-            rows, batch_size=BATCH_ROWS, num_workers=job.workers, collate_fn=self._collate
+            rows, batch_size=BATCH_ROWS, collate_fn=self._collate, **job.processes
         )
         self.state, self.load = self._batches.state_dict, self._batches.load_state_dict
 

@@ -67,7 +67,7 @@ class Loader:
         self.state, self.load = order.state, order.load
         self.epoch: Callable[[], Iterator[Batch]]
         if job.variant == "loader":
-            loader = DataLoader(rows, None, sampler=order, num_workers=job.workers, collate_fn=_as_it_is)
+            loader = DataLoader(rows, None, sampler=order, collate_fn=_as_it_is, **job.processes)
             self.epoch = partial(iter, loader)
         else:
             self.epoch = partial(map, rows.__getitem__, order)

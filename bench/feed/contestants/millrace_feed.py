@@ -92,7 +92,7 @@ class Loader:
             "world_size": 1,
         }
         self._batches: Any = (
-            FeedDataLoader(rows.loader, num_workers=job.workers, **options)
+            FeedDataLoader(rows.loader, **job.processes, **options)
             if job.variant == "loader"
             else rows.loader(**options)
         )

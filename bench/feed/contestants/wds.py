@@ -36,7 +36,7 @@ class Loader:
             .shuffle(_BUFFER_ROWS, seed=SEED)
             .batched(BATCH_ROWS, collation_fn=self._mix if job.workload == "mix" else self._one)
         )
-        self._batches = webdataset.WebLoader(rows, batch_size=None, num_workers=job.workers) if job.workers else rows
+        self._batches = webdataset.WebLoader(rows, batch_size=None, **job.processes) if job.workers else rows
 
     def _one(self, samples: list[dict[str, Any]]) -> Batch:
         return self._out.rows([sample["row"] for sample in samples])
