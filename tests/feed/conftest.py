@@ -19,6 +19,7 @@ from millrace.feed.columns import columns_of
 from millrace.feed.index import build_index
 from millrace.feed.loader import Loader
 from millrace.feed.order import ORDER_VERSION, EpochOrder, Order, Shuffle, parse_shuffle, plan_order
+from millrace.feed.receipt import Traffic
 from millrace.feed.recipe import Recipe
 from millrace.feed.share import Sharing
 
@@ -115,6 +116,7 @@ def make_loader(background: Background) -> Iterator[MakeLoader]:
         ahead: int = 1_000_000,
         cache: LocalBlocks | None = None,
         quarantine: float = 1.0,
+        traffic: Callable[[], Sequence[Traffic]] = tuple,
         keep: bool = True,
     ) -> Loader:
         index = source.index
@@ -148,7 +150,7 @@ def make_loader(background: Background) -> Iterator[MakeLoader]:
             ahead_bytes=ahead,
             quarantine=quarantine,
         )
-        loader = Loader(recipe, cache=cache, background=background, clock=StillClock(), traffic=tuple, events=[])
+        loader = Loader(recipe, cache=cache, background=background, clock=StillClock(), traffic=traffic, events=[])
         if keep:
             made.append(loader)
         return loader

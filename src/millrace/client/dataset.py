@@ -6,7 +6,6 @@ import contextlib
 import random
 import re
 import weakref
-from collections import deque
 from collections.abc import Mapping, MutableSequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +51,15 @@ class _Opened:
     reader: ReplicaReader
 
 
+class _Newest(list[FeedEvent]):
+    """Bounded, and whole for whoever copies it while other threads append."""
+
+    def append(self, event: FeedEvent) -> None:
+        super().append(event)
+        if len(self) >= 2 * _EVENTS_KEPT:
+            del self[:-_EVENTS_KEPT]
+
+
 class Dataset(Loadable):
     """One version of a dataset, for reading. Made by :func:`open_dataset`.
 
@@ -71,7 +79,7 @@ class Dataset(Loadable):
         self._arguments = (reference, world, cache.absolute() if isinstance(cache, Path) else cache, cache_limit)
         root, named = _parts(reference) if "://" in reference else ("", None)
         self._session: Session = session_for(world) if named is None else session_at(root)
-        self._events: deque[FeedEvent] = deque(maxlen=_EVENTS_KEPT)
+        self._events = _Newest()
         self._loaders: weakref.WeakSet[Loader] = weakref.WeakSet()
         self._closed = False
         self._claim: Held[None] | None = None
@@ -86,7 +94,12 @@ class Dataset(Loadable):
             self._record = self._session.call(resolve(open_world.coord, reference))
             self._claim = self._session.hold(claimed(open_world.coord, self._record, open_world.clock))
             weakref.finalize(self, self._claim.release_soon).atexit = False  # at the end the session does
-        self._opened = self._session.call(self._open(self._record or Digest(named or "")))
+        try:
+            self._opened = self._session.call(self._open(self._record or Digest(named or "")))
+        except BaseException:
+            if self._claim is not None:
+                self._claim.release_soon()
+            raise
         self.digest: Digest = self._opened.manifest.digest
         self.label = self.digest[:12] if self._record is None else label(self._record)
 
@@ -143,7 +156,7 @@ class Dataset(Loadable):
     @property
     def events(self) -> tuple[FeedEvent, ...]:
         """What went wrong while reading, in one sentence each; the newest 1,000."""
-        return tuple(self._events)
+        return tuple(self._events[-_EVENTS_KEPT:])
 
     @property
     def sink(self) -> MutableSequence[FeedEvent]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LoaderOptions", "build_loader", "size_option"]
 
-_SPARE_BYTES: Final = 32_000_000
+_SPARE_BYTES: Final = 64_000_000
 """Room for blocks loaded ahead of a window's end, above what windows need."""
 
 

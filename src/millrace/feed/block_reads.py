@@ -20,7 +20,7 @@ from millrace.feed.index import BlockIndex
 
 __all__ = ["CLOSED", "BlockReads", "BlockSource", "Loaded", "LocalBlocks"]
 
-_THREADS: Final = 3
+_THREADS: Final = 2
 CLOSED: Final = "the loader was closed while a batch waited for a block; make another with ds.loader(...)"
 
 

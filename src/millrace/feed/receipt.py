@@ -118,9 +118,10 @@ class Receipt:
                 rows=int(plain["rows"]),
                 digest=str(plain["digest"]),
                 quarantined=tuple(QuarantinedRow(**q) for q in plain["quarantined"]),
-                share=None if plain["share"] is None else tuple(plain["share"]),
+                share=None if plain["share"] is None else _share(*plain["share"]),
                 traffic=tuple(Traffic(**t) for t in plain["traffic"]),
             )
+            RowTally.from_hex(receipt.rows, receipt.digest)
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"this is not a feed's receipt: {error}") from error
         if plain.get("proof") != receipt.proof:
@@ -176,6 +177,12 @@ def merge_receipts(parts: Sequence[Receipt]) -> Receipt:
             + (f"{missing} are missing; merge those of every rank" if missing > 0 else "some rank's is there twice")
         )
     return merged
+
+
+def _share(rank: int, world_size: int, replication: int) -> tuple[int, int, int]:
+    if not (0 <= rank < world_size and replication >= 1):
+        raise ValueError(f"there is no rank {rank} of {world_size} in groups of {replication}")
+    return rank, world_size, replication
 
 
 def _one_of_each_group(parts: Sequence[Receipt]) -> list[Receipt]:

@@ -84,7 +84,7 @@ def decode_state(state: Any, identity: Mapping[str, Any]) -> Place:
                 f"the state is of another order: {what} is {_show(theirs[key])} there and {_show(ours[key])} here; "
                 "open the same version with the same seed and shuffle, or begin at an epoch with loader.set_epoch(N)"
             )
-    epoch, position = plain["epoch"], plain["position"]
+    epoch, position = plain.get("epoch"), plain.get("position")
     if not (isinstance(epoch, int) and isinstance(position, int) and epoch >= 0 and position >= 0):
         raise UsageError("the state's epoch and position are not whole numbers: it is not one that Millrace wrote")
     return Place(epoch, position)
