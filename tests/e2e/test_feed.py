@@ -202,7 +202,8 @@ def test_four_ranks_of_one_machine_fetch_each_block_once(corpus: Path, spawn: Sp
     parts = [millrace.Receipt.from_plain(json.loads(out)["receipt"]) for out, _ in said]
     merged = millrace.merge_receipts(parts)
     assert merged.complete
-    assert sum(t.bytes for t in merged.traffic) == int(opened.index.lengths.sum())
+    useful = sum(t.bytes - t.wasted for t in merged.traffic)  # on a busy machine a read may be late, and hedged
+    assert useful == int(opened.index.lengths.sum())
     _, alone, _ = drained(opened, window=None, lanes=None)
     assert merged.proof == alone.proof
 

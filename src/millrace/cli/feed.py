@@ -172,6 +172,7 @@ def _drain(loader: Loader, batch_size: int, output: Output) -> dict[str, Any]:
     seconds = time.perf_counter() - begun
     return {
         "seconds": round(seconds, 6),
+        "rows": rows,
         "batches": batches,
         "rows_per_s": round(rows / seconds, 1) if seconds else 0.0,
         "batches_per_s": round(batches / seconds, 1) if seconds else 0.0,

@@ -10,7 +10,7 @@ import socket
 from collections.abc import AsyncIterator
 from typing import Final
 
-from millrace.catalog.readers import reading
+from millrace.catalog.readers import CLAIM_TTL_MS, reading
 from millrace.core.errors import CoordError
 from millrace.core.facts import VersionRecord
 from millrace.core.ports import Clock, Coordination
@@ -18,11 +18,14 @@ from millrace.core.ports import Clock, Coordination
 __all__ = ["claimed"]
 
 _NUMBERS: Final = itertools.count()
-_AGAIN_S: Final = 5.0
+_TRIES_A_CLAIM: Final = 20
+"""How often a lost claim is tried again in the time that one stands."""
 
 
 @contextlib.asynccontextmanager
-async def claimed(coord: Coordination, version: VersionRecord, clock: Clock) -> AsyncIterator[None]:
+async def claimed(
+    coord: Coordination, version: VersionRecord, clock: Clock, *, ttl_ms: int = CLAIM_TTL_MS
+) -> AsyncIterator[None]:
     """Have garbage collection leave ``version`` alone while the body runs.
 
     A claim that could not be renewed is made again as soon as that is possible. What is read meanwhile is verified, and
@@ -38,13 +41,13 @@ async def claimed(coord: Coordination, version: VersionRecord, clock: Clock) -> 
     async def keep() -> None:
         while True:
             try:
-                async with reading(coord, version, who, clock):
+                async with reading(coord, version, who, clock, ttl_ms=ttl_ms):
                     is_claimed.set()
                     await asyncio.Event().wait()
             except CoordError:
                 if not is_claimed.is_set():
                     raise
-            await asyncio.sleep(_AGAIN_S)
+            await asyncio.sleep(ttl_ms / 1000 / _TRIES_A_CLAIM)
 
     keeper = asyncio.create_task(keep())
     first = asyncio.create_task(is_claimed.wait())

@@ -63,7 +63,7 @@ class Loadable(abc.ABC):
                 raises on are set aside.
             lanes: Of the order; default from the version's size. See ``docs/design/feed-order.md``.
             window: Blocks that are mixed in each lane; default from the version's size.
-            prefetch: Bytes on their way into the cache ahead of their use.
+            prefetch: Bytes on their way into the cache, or waiting there for their first use, beyond those in memory.
             memory: Bytes of blocks in memory; default what the shuffle window needs.
             quarantine: Share of an epoch's rows that may be set aside before it is an error; of a short epoch ten in
                 any case, with 0 none.

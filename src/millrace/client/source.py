@@ -14,6 +14,7 @@ import pyarrow as pa
 from millrace.catalog.manifests import OpenManifest
 from millrace.core.errors import Corrupt, TransformError, Unavailable
 from millrace.core.facts import ReplicaPage
+from millrace.core.manifest import BlockTable, Segment
 from millrace.core.model import digest_of, shard_key
 from millrace.core.ports import Bytes
 from millrace.feed.background import Background
@@ -25,6 +26,8 @@ __all__ = ["VersionSource", "read_index"]
 
 T = TypeVar("T")
 
+_AT_ONCE: Final = 8
+"""Segments of a manifest on their way: 0.1 MB each, and far stores answer late."""
 _PAGES_KEPT: Final = 64
 """Replica pages in memory: about 1 MB each."""
 _AUX_KEPT: Final = 64
@@ -38,12 +41,16 @@ async def read_index(opened: OpenManifest) -> BlockIndex:
         StoreError: no whole replica of a part of the manifest can be read.
         Corrupt: the manifest doesn't fit together.
     """
-    parts = []
-    for i in range(len(opened)):
-        segment, table = await asyncio.gather(opened.segment(i), opened.block_table(i))
-        parts.append((segment, table))
+    parts: list[tuple[Segment, BlockTable]] = []
+    for start in range(0, len(opened), _AT_ONCE):
+        some = range(start, min(start + _AT_ONCE, len(opened)))
+        parts += await asyncio.gather(*(_part(opened, i) for i in some))
     schema = opened.schema if opened.schema is not None else pa.schema([])
     return build_index(opened.digest, schema, opened.root.encoding, parts)
+
+
+async def _part(opened: OpenManifest, i: int) -> tuple[Segment, BlockTable]:
+    return await asyncio.gather(opened.segment(i), opened.block_table(i))
 
 
 class VersionSource:

@@ -100,9 +100,10 @@ class Loader:
     @property
     def events(self) -> tuple[FeedEvent, ...]:
         """What went wrong while the feed went on; the newest 1,000."""
-        found = [*self._events, *self._others()]
-        found.sort(key=lambda event: event.at_ms)
-        return tuple(found[-_EVENTS_KEPT:])
+        found, others = self._events[-_EVENTS_KEPT:], self._others()
+        if others:
+            found = sorted([*found, *others], key=lambda event: event.at_ms)[-_EVENTS_KEPT:]
+        return tuple(found)
 
     def state_dict(self) -> dict[str, Any]:
         """Where it stands: small, safe for JSON, the same on every rank after the same step."""

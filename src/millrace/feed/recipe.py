@@ -33,7 +33,7 @@ class Recipe:
         in_place: Whether batches that lie together in one block are given as views of it.
         window_rows: About how many consecutive rows of this rank need one set of blocks; bounds spans.
         memory_bytes: For blocks in memory.
-        ahead_bytes: For blocks on their way into the cache.
+        ahead_bytes: For blocks on their way into the cache, or waiting there to be loaded for the first time.
         quarantine: Share of an epoch's rows that may be set aside.
     """
 

@@ -12,7 +12,7 @@ __all__ = ["cache_folder", "rank_and_world"]
 
 _VARIABLES: Final = (
     ("RANK", "WORLD_SIZE"),  # torchrun, Lightning, accelerate
-    ("SLURM_PROCID", "SLURM_NTASKS"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),  # of srun's step: a batch script, which is one process, has no such
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
 )
 
@@ -29,7 +29,7 @@ def rank_and_world() -> tuple[int, int]:
             continue
         if None in found:
             there, lacking = (rank, world) if found[1] is None else (world, rank)
-            if there.startswith("SLURM"):  # an allocation without srun has some of them
+            if there.startswith("SLURM"):  # in an allocation, and not started by srun
                 continue
             raise UsageError(f"${there} is set and ${lacking} isn't; set both, or give rank= and world_size=")
         try:
