@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from millrace.core.errors import UsageError
+from millrace.core.errors import StoreError, UsageError
 from millrace.feed.arena import Arena, room_bytes
 from millrace.feed.background import Background
 from millrace.feed.block_reads import CLOSED, BlockReads, BlockSource, Loaded, LocalBlocks
@@ -30,8 +30,9 @@ __all__ = ["BlockPool", "BlockSource", "Loaded", "LocalBlocks", "PoolStats"]
 
 Int64s = npt.NDArray[np.int64]
 
-_AT_ONCE: Final = 256
-"""Blocks that are being loaded ahead, and as many that are put into the cache, however small they are."""
+_AT_ONCE: Final = 1024
+"""Blocks that are being loaded ahead, and as many that are put into the cache, however small they are: a span of the
+smallest needs 512 new ones."""
 _LARGER_MAX: Final = 4.0
 """So many times their stored size may the blocks in memory have before they count against the budget."""
 _NEVER: Final = np.iinfo(np.int64).min
@@ -151,12 +152,13 @@ class BlockPool:
         self._collect()
         if missing := self._missing(blocks):
             begun = time.perf_counter()
+            earlier = set(self._loading)
             for g in missing:
-                if g not in self._loading:
+                if g not in earlier:
                     self._make_room(g, span)  # if there is none, it is loaded all the same
                     self._begin(g)
             for g in missing:
-                self._take_in(g, _result(self._loading[g]))
+                self._take_in(g, self._wait_for(g, is_earlier=g in earlier))
                 self._end(g)
             waited = time.perf_counter() - begun
             self.stats.waits += 1
@@ -314,6 +316,17 @@ class BlockPool:
         self._loading[g] = self._reads.load(g)
         self._loading_bytes += self._room_of(g)
 
+    def _wait_for(self, g: int, *, is_earlier: bool) -> Loaded:
+        try:
+            return _result(self._loading[g])
+        except StoreError:
+            if not is_earlier:
+                raise
+        # It was begun before anybody needed it, perhaps before what was wrong was mended.
+        self._end(g)
+        self._begin(g)
+        return _result(self._loading[g])
+
     def _end(self, g: int) -> None:
         if self._loading.pop(g, None) is not None:
             self._loading_bytes = self._loading_bytes - self._room_of(g) if self._loading else 0
@@ -329,7 +342,7 @@ class BlockPool:
             filling = self._filling.pop(g)
             is_there = not filling.cancelled() and filling.exception() is None
             self._local[g] |= is_there
-            if is_there and self._slot[g] < 0:
+            if is_there and self._slot[g] < 0 and g not in self._loading:  # else one fetch served both
                 self._filled.add(g)
             else:
                 self._ahead_bytes -= self._room_of(g)
