@@ -12,11 +12,11 @@ from millrace.core.messages import Failure
 from millrace.feed.account import Part, check_quarantine
 from millrace.feed.events import FeedEvent
 from millrace.feed.loader import Loader
-from millrace.feed.receipt import QuarantinedRow, Receipt, Traffic
+from millrace.feed.receipt import QuarantinedRow, Receipt, Traffic, add_traffic
 from millrace.feed.state import Place
 from millrace.feed.tally import RowTally
 
-__all__ = ["Collected", "Parcel", "Totals", "add_stats", "add_traffic", "collate_parcel", "error_of", "parcels"]
+__all__ = ["Collected", "Parcel", "Totals", "add_stats", "collate_parcel", "error_of", "parcels"]
 
 _TOTALS_EVERY: Final = 16
 """Batches of a worker from one report of what it read to the next; the last is told with its last word."""
@@ -181,15 +181,3 @@ def add_stats(all_stats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Of several loaders, as one: sums, and the longest wait."""
     names = all_stats[0] if all_stats else {}
     return {name: round((max if name == "waited_max_s" else sum)(s[name] for s in all_stats), 6) for name in names}
-
-
-def add_traffic(all_traffic: Sequence[Traffic]) -> tuple[Traffic, ...]:
-    """Of several workers, as one: sums, by store."""
-    found: dict[str, Traffic] = {}
-    for new in all_traffic:
-        old = found.get(new.store)
-        if old is not None:
-            dollars = None if old.dollars is None or new.dollars is None else old.dollars + new.dollars
-            new = replace(old, bytes=old.bytes + new.bytes, wasted=old.wasted + new.wasted, dollars=dollars)
-        found[new.store] = new
-    return tuple(found[store] for store in sorted(found))
