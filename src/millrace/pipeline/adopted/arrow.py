@@ -19,7 +19,7 @@ from millrace.core.model import Block, SourceObject
 from millrace.pipeline.adopted.scan import BLOCK_BYTES_MAX, FileIndex, Part, Subject
 from millrace.pipeline.adopted.sentences import changed, not_adoptable, require_rows, too_long
 from millrace.pipeline.adopted.window import Joined
-from millrace.pipeline.formats.ipc_footer import batch_rows, record_batches
+from millrace.pipeline.formats.ipc_footer import batch_rows, dictionaries, record_batches, table_field
 from millrace.pipeline.formats.ranged import Cursor, RangedFile, decoding
 from millrace.pipeline.formats.tabular import conform, plain_schema
 
@@ -32,7 +32,6 @@ _FIRST: Final = 8
 _CONTINUATION: Final = b"\xff\xff\xff\xff"
 _END: Final = _CONTINUATION + bytes(4)
 _HEAD_BYTES_MAX: Final = 256_000_000
-_FOOTER_DICTIONARIES: Final = 2
 _HEADER_TYPE, _HEADER, _BODY_BYTES = 1, 2, 3
 _SCHEMA, _DICTIONARY, _BATCH = 1, 2, 3
 
@@ -80,7 +79,7 @@ def _index_file(subject: Subject) -> FileIndex:
         found = record_batches(footer)
         with pa.ipc.open_file(pa.PythonFile(subject.file, mode="r")) as reader:
             schema = reader.schema
-        late = max(_dictionaries(footer), default=0)
+        late = max((d.offset for d in dictionaries(footer)), default=0)
         first = min((b.offset for b in found), default=obj.size_bytes)
         _require_little_endian(_schema_head(subject.file))
     batches = _Batches(subject, schema)
@@ -126,22 +125,6 @@ def _schema_head(file: RangedFile) -> memoryview:
     if bytes(length) == _CONTINUATION:
         at, length = at + 4, file.span(at + 4, 4)
     return file.span(at + 4, int.from_bytes(length, "little"))
-
-
-def _dictionaries(footer: memoryview) -> list[int]:
-    """Where the dictionaries of a file begin: a vector of ``Block {offset: int64, ...}``, 24 bytes each."""
-    try:
-        (root,) = struct.unpack_from("<I", footer, 0)
-        at = _field(footer, root, _FOOTER_DICTIONARIES)
-        if at is None:
-            return []
-        vector = at + struct.unpack_from("<I", footer, at)[0]
-        (count,) = struct.unpack_from("<I", footer, vector)
-        if vector + 4 + 24 * count > len(footer):
-            raise ValueError("the footer's list of dictionaries runs over its end")
-        return [int(struct.unpack_from("<q", footer, vector + 4 + 24 * i)[0]) for i in range(count)]
-    except struct.error as err:
-        raise ValueError("the footer is no Arrow footer") from err
 
 
 # --- streams -----------------------------------------------------------------------------------------------------
@@ -229,7 +212,7 @@ def _header(head: memoryview) -> tuple[int, int]:
     """(kind, bytes of the body) of a message: ``Message {version, header_type, header, bodyLength}``."""
     try:
         (root,) = struct.unpack_from("<I", head, 0)
-        kind, body = _field(head, root, _HEADER_TYPE), _field(head, root, _BODY_BYTES)
+        kind, body = table_field(head, root, _HEADER_TYPE), table_field(head, root, _BODY_BYTES)
         body_bytes = 0 if body is None else int(struct.unpack_from("<q", head, body)[0])
         found = 0 if kind is None else head[kind]
     except (struct.error, IndexError) as err:
@@ -308,24 +291,13 @@ def _require_little_endian(head: memoryview) -> None:
     """The schema's first field is 1 where numbers are big-endian: ``Schema {endianness: int16 = Little, ...}``."""
     try:
         (root,) = struct.unpack_from("<I", head, 0)
-        header = _field(head, root, _HEADER)
+        header = table_field(head, root, _HEADER)
         if header is None:
             return
         table = header + struct.unpack_from("<I", head, header)[0]
-        endianness = _field(head, table, 0)
+        endianness = table_field(head, table, 0)
         big = endianness is not None and struct.unpack_from("<h", head, endianness)[0] == 1
     except struct.error as err:
         raise ValueError("its schema can't be read") from err
     if big:
         raise ValueError("its numbers are big-endian")
-
-
-def _field(view: memoryview, table: int, index: int) -> int | None:
-    """Where a flatbuffer table's field is, or None when it has its default."""
-    vtable = table - struct.unpack_from("<i", view, table)[0]
-    if vtable < 0:
-        raise struct.error
-    (size,) = struct.unpack_from("<H", view, vtable)
-    slot = 4 + 2 * index
-    offset = struct.unpack_from("<H", view, vtable + slot)[0] if slot + 2 <= size else 0
-    return table + offset if offset else None

@@ -11,8 +11,9 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["IpcBlock", "batch_rows", "record_batches"]
+__all__ = ["IpcBlock", "batch_rows", "dictionaries", "record_batches", "table_field"]
 
+_FOOTER_DICTIONARIES: Final = 2
 _FOOTER_BATCHES: Final = 3
 _MESSAGE_HEADER: Final = 2
 _BATCH_LENGTH: Final = 0
@@ -21,7 +22,7 @@ _CONTINUATION: Final = 0xFFFFFFFF
 
 @dataclass(frozen=True, slots=True)
 class IpcBlock:
-    """A record batch in a file.
+    """A record batch or a dictionary in a file.
 
     Attributes:
         offset: Of its message.
@@ -40,20 +41,16 @@ def record_batches(footer: bytes | memoryview) -> list[IpcBlock]:
     Raises:
         ValueError: these bytes are no footer.
     """
-    view = memoryview(footer)
-    try:
-        (root,) = struct.unpack_from("<I", view, 0)
-        at = _field(view, root, _FOOTER_BATCHES)
-        if at is None:
-            return []
-        vector = at + struct.unpack_from("<I", view, at)[0]
-        (count,) = struct.unpack_from("<I", view, vector)
-        if vector + 4 + 24 * count > len(view):
-            raise ValueError("the footer's list of record batches runs over its end")
-        blocks = [struct.unpack_from("<qi4xq", view, vector + 4 + 24 * i) for i in range(count)]
-    except struct.error as err:
-        raise ValueError("the footer is no Arrow footer") from err
-    return [IpcBlock(offset, metadata, metadata + body) for offset, metadata, body in blocks]
+    return _blocks(footer, _FOOTER_BATCHES, "record batches")
+
+
+def dictionaries(footer: bytes | memoryview) -> list[IpcBlock]:
+    """The blocks of all dictionaries, in the file's order.
+
+    Raises:
+        ValueError: these bytes are no footer.
+    """
+    return _blocks(footer, _FOOTER_DICTIONARIES, "dictionaries")
 
 
 def batch_rows(message: bytes | memoryview) -> int:
@@ -67,11 +64,11 @@ def batch_rows(message: bytes | memoryview) -> int:
         (mark,) = struct.unpack_from("<I", view, 0)
         view = view[8 if mark == _CONTINUATION else 4 :]
         (root,) = struct.unpack_from("<I", view, 0)
-        header = _field(view, root, _MESSAGE_HEADER)
+        header = table_field(view, root, _MESSAGE_HEADER)
         if header is None:
             raise ValueError("a message without a header")
         table = header + struct.unpack_from("<I", view, header)[0]
-        at = _field(view, table, _BATCH_LENGTH)
+        at = table_field(view, table, _BATCH_LENGTH)
         rows = 0 if at is None else int(struct.unpack_from("<q", view, at)[0])
     except struct.error as err:
         raise ValueError("not the head of a record batch") from err
@@ -80,8 +77,29 @@ def batch_rows(message: bytes | memoryview) -> int:
     return rows
 
 
-def _field(view: memoryview, table: int, index: int) -> int | None:
-    """Where a table's field is, or None when it has its default."""
+def _blocks(footer: bytes | memoryview, field: int, what: str) -> list[IpcBlock]:
+    view = memoryview(footer)
+    try:
+        (root,) = struct.unpack_from("<I", view, 0)
+        at = table_field(view, root, field)
+        if at is None:
+            return []
+        vector = at + struct.unpack_from("<I", view, at)[0]
+        (count,) = struct.unpack_from("<I", view, vector)
+        if vector + 4 + 24 * count > len(view):
+            raise ValueError(f"the footer's list of {what} runs over its end")
+        blocks = [struct.unpack_from("<qi4xq", view, vector + 4 + 24 * i) for i in range(count)]
+    except struct.error as err:
+        raise ValueError("the footer is no Arrow footer") from err
+    return [IpcBlock(offset, metadata, metadata + body) for offset, metadata, body in blocks]
+
+
+def table_field(view: memoryview, table: int, index: int) -> int | None:
+    """Where a flatbuffer table's field is, or None when it has its default.
+
+    Raises:
+        struct.error: it would lie outside of ``view``.
+    """
     vtable = table - struct.unpack_from("<i", view, table)[0]
     if vtable < 0:
         raise struct.error
